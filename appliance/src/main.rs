@@ -1,0 +1,2 @@
+//! The icecore binary.
+fn main() {}
