@@ -1,0 +1,343 @@
+//! A QMP connection on tokio: the [`Session`] with a socket, deadlines and callers.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use qapi::Command;
+use serde_json::{Map, Value};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::time::Instant;
+
+use crate::errors::QmpError;
+use crate::features::QemuVersion;
+use crate::session::{CommandId, Event, Failure, Output, Session, SessionError};
+
+/// Bytes taken from the socket at once.
+const READ_BYTES: usize = 64 << 10;
+
+/// Events kept for a subscriber that does not keep up; older ones are lost to it.
+const EVENTS_KEPT: usize = 256;
+
+/// A connected QMP monitor. Clones share the connection; it closes with the last of them.
+#[derive(Debug, Clone)]
+pub struct Monitor {
+    shared: Arc<Shared>,
+    calls: mpsc::UnboundedSender<Message>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    path: PathBuf,
+    version: QemuVersion,
+    next_call: AtomicU64,
+    ended: Arc<OnceLock<String>>,
+    events: broadcast::WeakSender<Event>,
+}
+
+type Answer = Result<Value, CallError>;
+
+#[derive(Debug)]
+enum CallError {
+    Refused(Failure),
+    Busy(usize),
+}
+
+#[derive(Debug)]
+enum Message {
+    Call { call: u64, name: String, arguments: Map<String, Value>, answer: oneshot::Sender<Answer> },
+    Cancel { call: u64 },
+}
+
+impl Monitor {
+    /// Connects to the monitor's unix socket and negotiates, all within `deadline`.
+    pub async fn connect(path: &Path, deadline: Duration) -> Result<Self, QmpError> {
+        let until = Instant::now() + deadline;
+        let stream = connect(path, until, deadline).await?;
+        Self::negotiate(stream, path, until, deadline).await
+    }
+
+    /// Negotiates on a connected stream; `name` stands for its path in messages.
+    pub async fn over(
+        stream: UnixStream,
+        name: &Path,
+        deadline: Duration,
+    ) -> Result<Self, QmpError> {
+        Self::negotiate(stream, name, Instant::now() + deadline, deadline).await
+    }
+
+    async fn negotiate(
+        stream: UnixStream,
+        path: &Path,
+        until: Instant,
+        waited: Duration,
+    ) -> Result<Self, QmpError> {
+        let (read, write) = stream.into_split();
+        let (events, _) = broadcast::channel(EVENTS_KEPT);
+        let weak_events = events.downgrade();
+        let mut driver = Driver::new(read, write, events);
+        let silent = || QmpError::NoGreeting { path: path.to_owned(), waited };
+        let version = tokio::time::timeout_at(until, driver.until_ready())
+            .await
+            .map_err(|_| silent())?
+            .map_err(|why| QmpError::NotQmp { path: path.to_owned(), why })?;
+        let ended = Arc::clone(&driver.ended);
+        let (calls, inbox) = mpsc::unbounded_channel();
+        tokio::spawn(driver.run(inbox));
+        let path = path.to_owned();
+        let next_call = AtomicU64::new(0);
+        let shared = Arc::new(Shared { path, version, next_call, ended, events: weak_events });
+        Ok(Self { shared, calls })
+    }
+
+    /// The version in QEMU's greeting.
+    pub fn version(&self) -> QemuVersion {
+        self.shared.version
+    }
+
+    /// The socket's path.
+    pub fn path(&self) -> &Path {
+        &self.shared.path
+    }
+
+    /// Why the connection ended; `None` while it lives.
+    pub fn ended(&self) -> Option<&str> {
+        self.shared.ended.get().map(String::as_str)
+    }
+
+    /// Events from now on. A slow subscriber loses the oldest; the channel ends with the
+    /// connection.
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        match self.shared.events.upgrade() {
+            Some(sender) => sender.subscribe(),
+            None => broadcast::channel(1).1,
+        }
+    }
+
+    /// Runs one command. On [`QmpError::Timeout`] it may still be carried out later; a call that
+    /// is dropped counts as timed out.
+    pub async fn execute<C: Command>(
+        &self,
+        command: C,
+        deadline: Duration,
+    ) -> Result<C::Ok, QmpError> {
+        let content = |why: serde_json::Error| QmpError::Content {
+            command: C::NAME.into(),
+            why: why.to_string(),
+        };
+        let arguments = serde_json::to_value(&command).map_err(content)?;
+        let value = self.execute_raw(C::NAME, arguments, deadline).await?;
+        serde_json::from_value(value).map_err(content)
+    }
+
+    /// Runs one command by name. `arguments` is an object, or `Null` for none.
+    pub async fn execute_raw(
+        &self,
+        name: &str,
+        arguments: Value,
+        deadline: Duration,
+    ) -> Result<Value, QmpError> {
+        let arguments = object(name, arguments)?;
+        let call = self.shared.next_call.fetch_add(1, Ordering::Relaxed);
+        let (answer, answered) = oneshot::channel();
+        let message = Message::Call { call, name: name.to_owned(), arguments, answer };
+        self.calls.send(message).map_err(|_| self.closed(name))?;
+        let _cancel = CancelOnDrop { call, calls: &self.calls };
+        match tokio::time::timeout(deadline, answered).await {
+            Err(_) => Err(QmpError::Timeout { command: name.into(), waited: deadline }),
+            Ok(Err(_)) => Err(self.closed(name)),
+            Ok(Ok(answer)) => answer.map_err(|error| error.named(name)),
+        }
+    }
+
+    fn closed(&self, name: &str) -> QmpError {
+        let why = self.ended().unwrap_or("its driver is gone").to_owned();
+        QmpError::Closed { command: name.into(), path: self.shared.path.clone(), why }
+    }
+}
+
+impl CallError {
+    fn named(self, command: &str) -> QmpError {
+        let command = command.to_owned();
+        match self {
+            Self::Refused(Failure { class, desc }) => QmpError::Refused { command, class, desc },
+            Self::Busy(pending) => QmpError::Busy { command, pending },
+        }
+    }
+}
+
+/// Tells the driver that nobody waits any more; the driver ignores calls already answered.
+struct CancelOnDrop<'a> {
+    call: u64,
+    calls: &'a mpsc::UnboundedSender<Message>,
+}
+
+impl Drop for CancelOnDrop<'_> {
+    fn drop(&mut self) {
+        // A closed channel means that the driver is gone, and with it the call.
+        let _ = self.calls.send(Message::Cancel { call: self.call });
+    }
+}
+
+fn object(command: &str, arguments: Value) -> Result<Map<String, Value>, QmpError> {
+    match arguments {
+        Value::Object(map) => Ok(map),
+        Value::Null => Ok(Map::new()),
+        other => Err(QmpError::Content {
+            command: command.into(),
+            why: format!("arguments must be an object, not {other}"),
+        }),
+    }
+}
+
+/// Connects to a unix socket, telling apart what an operator can do about a failure.
+pub(crate) async fn connect(
+    path: &Path,
+    until: Instant,
+    waited: Duration,
+) -> Result<UnixStream, QmpError> {
+    use std::io::ErrorKind;
+    let owned = path.to_owned();
+    match tokio::time::timeout_at(until, UnixStream::connect(path)).await {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(error)) if error.kind() == ErrorKind::NotFound => {
+            Err(QmpError::NoSocket { path: owned })
+        }
+        // The backlog is full of clients that wait for the one being served.
+        Ok(Err(error)) if error.kind() == ErrorKind::WouldBlock => {
+            Err(QmpError::NoGreeting { path: owned, waited })
+        }
+        Ok(Err(error)) => Err(QmpError::Connect { path: owned, why: error.to_string() }),
+        Err(_) => Err(QmpError::NoGreeting { path: owned, waited }),
+    }
+}
+
+struct Driver {
+    session: Session,
+    read: OwnedReadHalf,
+    write: OwnedWriteHalf,
+    buffer: Vec<u8>,
+    events: broadcast::Sender<Event>,
+    callers: HashMap<CommandId, (u64, oneshot::Sender<Answer>)>,
+    ended: Arc<OnceLock<String>>,
+}
+
+enum Wake {
+    Message(Option<Message>),
+    Read(std::io::Result<usize>),
+    Wrote(std::io::Result<usize>),
+}
+
+impl Driver {
+    fn new(read: OwnedReadHalf, write: OwnedWriteHalf, events: broadcast::Sender<Event>) -> Self {
+        // Uniqueness among the clients of one monitor is all that is asked of the nonce.
+        let nonce = getrandom::u32().unwrap_or_else(|_| std::process::id());
+        Self {
+            session: Session::new(nonce),
+            read,
+            write,
+            buffer: vec![0; READ_BYTES],
+            events,
+            callers: HashMap::new(),
+            ended: Arc::default(),
+        }
+    }
+
+    async fn until_ready(&mut self) -> Result<QemuVersion, String> {
+        loop {
+            let wake = self.io().await;
+            for output in self.outputs(wake)? {
+                if let Output::Ready(version) = output {
+                    return Ok(version);
+                }
+                self.deliver(output);
+            }
+        }
+    }
+
+    async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Message>) {
+        let why = loop {
+            let wake = tokio::select! {
+                message = inbox.recv() => Wake::Message(message),
+                wake = self.io() => wake,
+            };
+            let step = match wake {
+                Wake::Message(None) => break "it was closed by us".to_owned(),
+                Wake::Message(Some(message)) => {
+                    self.message(message);
+                    continue;
+                }
+                wake => self.outputs(wake),
+            };
+            match step {
+                Ok(outputs) => outputs.into_iter().for_each(|output| self.deliver(output)),
+                Err(why) => break why,
+            }
+        };
+        tracing::debug!(%why, "QMP connection ended");
+        // Said before the callers are dropped, so that each of them finds the reason.
+        let _ = self.ended.set(why);
+    }
+
+    async fn io(&mut self) -> Wake {
+        let unsent = self.session.transmit();
+        tokio::select! {
+            read = self.read.read(&mut self.buffer) => Wake::Read(read),
+            wrote = self.write.write(unsent), if !unsent.is_empty() => Wake::Wrote(wrote),
+        }
+    }
+
+    fn outputs(&mut self, wake: Wake) -> Result<Vec<Output>, String> {
+        let explain = |error: SessionError| error.to_string();
+        match wake {
+            Wake::Message(_) => Ok(Vec::new()),
+            Wake::Read(Ok(0)) => Err(explain(self.session.eof())),
+            Wake::Read(Ok(count)) => self.session.feed(&self.buffer[..count]).map_err(explain),
+            Wake::Wrote(Ok(count)) => {
+                self.session.transmitted(count);
+                Ok(Vec::new())
+            }
+            Wake::Read(Err(error)) | Wake::Wrote(Err(error)) => Err(error.to_string()),
+        }
+    }
+
+    fn message(&mut self, message: Message) {
+        match message {
+            Message::Call { call, name, arguments, answer } => {
+                match self.session.execute(&name, arguments) {
+                    Ok(id) => drop(self.callers.insert(id, (call, answer))),
+                    Err(_) => drop(answer.send(Err(CallError::Busy(self.session.pending())))),
+                }
+            }
+            Message::Cancel { call } => {
+                let id =
+                    self.callers.iter().find(|(_, caller)| caller.0 == call).map(|(id, _)| *id);
+                if let Some(id) = id {
+                    self.callers.remove(&id);
+                    self.session.cancel(id);
+                }
+            }
+        }
+    }
+
+    fn deliver(&mut self, output: Output) {
+        match output {
+            Output::Ready(_) => {}
+            Output::Late(id, result) => {
+                tracing::warn!(?id, ok = result.is_ok(), "reply to a QMP command given up before");
+            }
+            Output::Reply(id, result) => {
+                if let Some((_, answer)) = self.callers.remove(&id) {
+                    drop(answer.send(result.map_err(CallError::Refused)));
+                }
+            }
+            // No subscriber is no fault.
+            Output::Event(event) => drop(self.events.send(event)),
+        }
+    }
+}
