@@ -7,6 +7,7 @@
 pub mod geometry;
 pub mod ids;
 pub mod point;
+pub mod store;
 
 pub use geometry::{BlockIndex, BlockSize, GeometryError};
 pub use ids::{
