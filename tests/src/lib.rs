@@ -1,1 +1,47 @@
-//! Test harness.
+//! A laboratory for whole-system tests: real QEMU processes with a real guest in them, reference
+//! reads of their disks, and the `icecore` binary run from outside, as its users run it.
+//!
+//! It knows nothing of Icecore's crates on purpose: what it compares with must not share their
+//! mistakes. `cargo xtask test` installs and builds what it needs; `cargo xtask demo` is built on
+//! it too.
+//!
+//! Everything here ends with its owner: dropping a [`TestVm`], an [`Icecore`] run or a mount kills
+//! the process or takes the mount away, also when a test fails.
+
+mod agent;
+mod disk;
+mod failure;
+mod guestless;
+mod icecore;
+mod image;
+mod monitor;
+mod mount;
+mod place;
+mod process;
+mod qemu;
+mod reference;
+mod shell;
+mod spec;
+mod vm;
+
+pub use agent::{AgentProxy, agent_answers};
+pub use disk::{Attach, Bus, Disk, Fs, Layout};
+pub use failure::{Failure, Result};
+pub use icecore::{Icecore, Outcome, Run, Started};
+pub use image::{
+    compare, create_overlay, create_qcow2, create_raw, filesystem_check, image_to_raw, sha256_of,
+};
+pub use monitor::Monitor;
+pub use mount::{Mounted, check_writer, check_writer_in_images};
+pub use place::{Scratch, guest_files, workspace_root};
+pub use process::{Background, run, run_within, wait_until};
+pub use qemu::Qemu;
+pub use reference::{FreezeWatch, Reference};
+pub use shell::Shell;
+pub use spec::VmSpec;
+pub use vm::TestVm;
+
+/// Bytes in one KiB.
+pub const KIB: u64 = 1 << 10;
+/// Bytes in one MiB.
+pub const MIB: u64 = 1 << 20;
