@@ -30,12 +30,15 @@ impl Icecore {
         Self::with_init(&[])
     }
 
+    /// With another binary, a fresh state folder and a fresh repository.
+    pub fn with_binary(binary: PathBuf) -> Result<Self> {
+        let scratch = Scratch::new()?;
+        Self { repository: scratch.join("repository"), binary, scratch }.init(&[])
+    }
+
     /// With arguments of its own for `repo init`.
     pub fn with_init(arguments: &[&str]) -> Result<Self> {
-        let icecore = Self::without_repository()?;
-        let repository = icecore.repository.clone();
-        icecore.command("repo").arg("init").arg(repository).args(arguments).succeed()?;
-        Ok(icecore)
+        Self::without_repository()?.init(arguments)
     }
 
     /// With the path of a repository that is not there yet.
@@ -43,6 +46,12 @@ impl Icecore {
         let scratch = Scratch::new()?;
         let repository = scratch.join("repository");
         Ok(Self { binary: binary()?, repository, scratch })
+    }
+
+    fn init(self, arguments: &[&str]) -> Result<Self> {
+        let init = self.command("repo").arg("init").arg(&self.repository);
+        init.args(arguments).succeed()?;
+        Ok(self)
     }
 
     /// The repository's folder.

@@ -56,13 +56,14 @@ pub(crate) fn collect(drain: Drain) -> Vec<u8> {
 #[derive(Debug)]
 pub struct Background {
     pub(crate) child: Child,
+    released: bool,
 }
 
 impl Background {
     /// Starts it.
     pub fn spawn(command: &mut Command) -> Result<Self> {
         let child = command.spawn().during(format!("start {command:?}"))?;
-        Ok(Self { child })
+        Ok(Self { child, released: false })
     }
 
     /// Its process id.
@@ -98,6 +99,12 @@ impl Background {
         Err(Failure::new(format!("still running after {} s, killed", deadline.as_secs())))
     }
 
+    /// Lets it outlive this value.
+    pub(crate) fn release(mut self) -> u32 {
+        self.released = true;
+        self.child.id()
+    }
+
     /// Kills it for good.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
@@ -107,7 +114,9 @@ impl Background {
 
 impl Drop for Background {
     fn drop(&mut self) {
-        self.kill();
+        if !self.released {
+            self.kill();
+        }
     }
 }
 

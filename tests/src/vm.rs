@@ -188,6 +188,12 @@ impl TestVm {
         }
     }
 
+    /// Leaves QEMU running and its folder on disk: its process id, and where.
+    pub fn leave_running(mut self) -> Result<(u32, PathBuf)> {
+        let running = self.running.take().ok_or_else(|| Failure::new("QEMU is not running"))?;
+        Ok((running.process.release(), self.scratch.keep()))
+    }
+
     /// Ends QEMU by `quit`: images and bitmaps are stored, the guest is not asked.
     pub fn quit(&mut self) -> Result<()> {
         self.monitor()?.execute("quit", json!({}))?;
