@@ -1,0 +1,115 @@
+//! How writers, readers, deletions and gc of several hosts agree without locks and without clocks.
+//!
+//! Everything here is a create-only object below `coordination/`, a prefix that an object lock must
+//! leave out. `docs/FORMAT.md`, section "Concurrency", has the argument; in short:
+//! - A writer **announces** itself before it looks at anything, then reads the **generation**. Its
+//!   life is a counter that it raises and that gc watches; nobody compares clocks.
+//! - gc **revokes** a writer whose counter stands still: first a *fence*, then a *verdict* with the
+//!   manifests of that writer found after the fence. A manifest not in the verdict does not exist.
+//!   The writer looks for a fence after its manifest and before it reports success.
+//! - A **deletion** is a tombstone, effective at once for readers; only gc removes bytes. Deletion
+//!   and protection of one point contend for one name, so that never both succeed.
+//!
+//! [`Standing`] is what all of this says about a point. It must be loaded *after* the manifests were
+//! listed: then a manifest that it shows was shown to gc too.
+
+mod announce;
+mod fate;
+mod reserve;
+mod revoke;
+mod standing;
+mod watch;
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+pub use announce::{Announcement, Generation, HEARTBEAT_PERIOD, WriterRecord};
+pub use standing::{PointStanding, Standing};
+pub use watch::{Watch, Watched};
+
+use crate::envelope::{self, Kind};
+use crate::error::{Damage, DamageKind, Result};
+use crate::ids::{RepositoryId, WriterId};
+use crate::store::{ObjectName, Store};
+
+/// Everything of this module; not under an object lock.
+pub(crate) const COORDINATION: &str = "coordination/";
+pub(crate) const WRITERS: &str = "coordination/writers/";
+const BEATS: &str = "coordination/beats/";
+const GENERATIONS: &str = "coordination/generations/";
+const REVOKED: &str = "coordination/revoked/";
+const FATES: &str = "coordination/fates/";
+const RESERVE: &str = "coordination/reserve/";
+
+/// A record here is a few ids; more is damage.
+const RECORD_BYTES_MAX: u64 = 1 << 20;
+
+/// The coordination objects of one repository.
+#[derive(Debug, Clone)]
+pub(crate) struct Coordination {
+    store: Arc<dyn Store>,
+    repository: RepositoryId,
+}
+
+impl Coordination {
+    /// Of the repository with this id in this store.
+    pub(crate) fn new(store: Arc<dyn Store>, repository: RepositoryId) -> Self {
+        Self { store, repository }
+    }
+
+    fn put<T: Serialize>(&self, name: &ObjectName, kind: Kind, record: &T) -> Result<()> {
+        let payload = serde_json::to_vec(record)
+            .map_err(|error| Damage::new(name, DamageKind::Inconsistent, error.to_string()))?;
+        let bytes = envelope::seal(kind, &self.repository, &payload);
+        Ok(self.store.put(name, &bytes)?)
+    }
+
+    /// As [`put`](Self::put); that somebody else was first is as good.
+    fn put_once<T: Serialize>(&self, name: &ObjectName, kind: Kind, record: &T) -> Result<()> {
+        accept_existing(self.put(name, kind, record))
+    }
+
+    fn get<T: DeserializeOwned>(&self, name: &ObjectName, kind: Kind) -> Result<T> {
+        let bytes = self.store.read(name, RECORD_BYTES_MAX)?;
+        let payload = envelope::open(kind, &self.repository, name.as_str(), &bytes)?;
+        serde_json::from_slice(payload)
+            .map_err(|error| Damage::new(name, DamageKind::Inconsistent, error.to_string()).into())
+    }
+
+    fn last_parts(&self, prefix: &str) -> Result<Vec<String>> {
+        let entries = self.store.list(prefix)?;
+        Ok(entries.iter().map(|entry| entry.name.last_part().to_owned()).collect())
+    }
+
+    /// Makes durable what others may have left visible only: conclusions will be drawn from it.
+    pub(crate) fn settle(&self) -> Result<()> {
+        for prefix in [WRITERS, GENERATIONS, REVOKED, FATES] {
+            self.store.settle(prefix)?;
+        }
+        Ok(())
+    }
+}
+
+fn accept_existing(result: Result<()>) -> Result<()> {
+    match result {
+        Err(crate::error::Error::Store(error)) if error.already_exists() => Ok(()),
+        other => other,
+    }
+}
+
+fn writer_name(writer: &WriterId) -> Result<ObjectName> {
+    Ok(ObjectName::new(format!("{WRITERS}{writer}"))?)
+}
+
+fn fence_name(writer: &WriterId) -> Result<ObjectName> {
+    Ok(ObjectName::new(format!("{REVOKED}{writer}.fence"))?)
+}
+
+fn verdict_name(writer: &WriterId) -> Result<ObjectName> {
+    Ok(ObjectName::new(format!("{REVOKED}{writer}.verdict"))?)
+}
+
+#[cfg(test)]
+mod tests;
