@@ -3,11 +3,15 @@
 //! This crate moves no block data, knows no repository and speaks no NBD; it asks QEMU to export.
 
 pub mod agent;
+pub mod bitmap;
 pub mod errors;
 pub mod features;
 mod frame;
+pub mod inventory;
 pub mod monitor;
 pub mod session;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 pub use errors::QmpError;
 pub use frame::{FrameError, MAX_DEPTH, MAX_MESSAGE_BYTES};

@@ -24,6 +24,9 @@ const READ_BYTES: usize = 64 << 10;
 /// Events kept for a subscriber that does not keep up; older ones are lost to it.
 const EVENTS_KEPT: usize = 256;
 
+/// Pause before a full backlog is tried again: a connect to a unix socket does not wait for it.
+const BACKLOG_RETRY: Duration = Duration::from_millis(20);
+
 /// A connected QMP monitor. Clones share the connection; it closes with the last of them.
 #[derive(Debug, Clone)]
 pub struct Monitor {
@@ -203,14 +206,21 @@ pub(crate) async fn connect(
 ) -> Result<UnixStream, QmpError> {
     use std::io::ErrorKind;
     let owned = path.to_owned();
-    match tokio::time::timeout_at(until, UnixStream::connect(path)).await {
+    let attempt = async {
+        loop {
+            match UnixStream::connect(path).await {
+                // The backlog is full of clients that wait for the one being served.
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    tokio::time::sleep(BACKLOG_RETRY).await;
+                }
+                other => return other,
+            }
+        }
+    };
+    match tokio::time::timeout_at(until, attempt).await {
         Ok(Ok(stream)) => Ok(stream),
         Ok(Err(error)) if error.kind() == ErrorKind::NotFound => {
             Err(QmpError::NoSocket { path: owned })
-        }
-        // The backlog is full of clients that wait for the one being served.
-        Ok(Err(error)) if error.kind() == ErrorKind::WouldBlock => {
-            Err(QmpError::NoGreeting { path: owned, waited })
         }
         Ok(Err(error)) => Err(QmpError::Connect { path: owned, why: error.to_string() }),
         Err(_) => Err(QmpError::NoGreeting { path: owned, waited }),

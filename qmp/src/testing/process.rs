@@ -1,0 +1,100 @@
+//! Real QEMU processes without a guest, killed when dropped.
+
+use std::ffi::OsString;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long a process may take to open its monitor's socket.
+const START_MAX: Duration = Duration::from_secs(20);
+
+/// A QEMU or a storage daemon with a monitor in a folder of its own.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    monitor: PathBuf,
+}
+
+impl Process {
+    /// Runs the command with a QMP monitor at `folder/qmp.sock`, and waits for the socket.
+    pub fn start(mut command: Command, folder: &Path) -> io::Result<Self> {
+        let monitor = folder.join("qmp.sock");
+        let chardev = format!("socket,id=icqmp,path={},server=on,wait=off", monitor.display());
+        let is_daemon = command.get_program().to_string_lossy().contains("storage-daemon");
+        if is_daemon {
+            command.args(["--chardev", &chardev, "--monitor", "chardev=icqmp"]);
+        } else {
+            command.args(["-chardev", &chardev, "-mon", "chardev=icqmp,mode=control"]);
+        }
+        let child = command.stdin(Stdio::null()).current_dir(folder).spawn()?;
+        let mut process = Self { child, monitor };
+        process.wait_for_socket()?;
+        Ok(process)
+    }
+
+    fn wait_for_socket(&mut self) -> io::Result<()> {
+        let until = Instant::now() + START_MAX;
+        while !self.monitor.exists() {
+            if let Some(status) = self.child.try_wait()? {
+                return Err(io::Error::other(format!("it ended at once: {status}")));
+            }
+            if Instant::now() > until {
+                return Err(io::Error::other("its monitor's socket did not appear"));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// The monitor's socket.
+    pub fn monitor(&self) -> &Path {
+        &self.monitor
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal, such as `Signal::STOP`.
+    pub fn signal(&self, signal: rustix::process::Signal) -> io::Result<()> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        Ok(rustix::process::kill_process(pid, signal)?)
+    }
+
+    /// Ends it with SIGKILL and waits for its end.
+    pub fn kill(&mut self) -> io::Result<()> {
+        self.child.kill()?;
+        self.child.wait().map(drop)
+    }
+
+    /// Whether it still runs.
+    pub fn is_running(&mut self) -> io::Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.kill();
+    }
+}
+
+/// The system emulator under test: `ICECORE_TEST_QEMU`, else the installed one.
+pub fn binary_under_test() -> OsString {
+    std::env::var_os("ICECORE_TEST_QEMU").unwrap_or_else(|| "qemu-system-x86_64".into())
+}
+
+/// A stopped machine without a guest, with no default devices, under the emulator given.
+pub fn qemu_command(binary: impl Into<OsString>) -> Command {
+    let mut command = Command::new(binary.into());
+    command.args(["-M", "q35", "-S", "-accel", "tcg", "-m", "64", "-display", "none"]);
+    command.args(["-nodefaults", "-serial", "none"]);
+    command
+}
+
+/// A storage daemon.
+pub fn daemon_command() -> Command {
+    Command::new("qemu-storage-daemon")
+}
