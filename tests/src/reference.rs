@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::agent::AgentProxy;
 use crate::disk::Disk;
 use crate::failure::{Failure, Result};
+use crate::icecore::{Icecore, Run};
 use crate::image::{compare, image_to_raw};
 use crate::monitor::Monitor;
 use crate::mount::check_writer_in_images;
@@ -92,6 +93,27 @@ impl FreezeWatch {
     }
 }
 
+impl Icecore {
+    /// Takes a point of which a reference exists, whatever the guest is doing: with an agent at the
+    /// instant of its freeze; else the test freezes the file systems itself, through its own
+    /// channel, for as long as the backup runs.
+    pub fn backup_quietly(
+        &self,
+        vm: &TestVm,
+        with: impl FnOnce(Run) -> Run,
+    ) -> Result<(Value, Reference)> {
+        if vm.has_agent() {
+            let watch = vm.watch_freeze()?;
+            let report = with(self.backup_through(vm, watch.socket())).json()?;
+            return Ok((report, watch.take()?));
+        }
+        vm.freeze_by_hand()?;
+        let taken = with(self.backup(vm)).json().and_then(|report| Ok((report, vm.reference()?)));
+        vm.thaw_by_hand()?;
+        taken
+    }
+}
+
 impl TestVm {
     /// Stands between Icecore and the guest agent from now on.
     pub fn watch_freeze(&self) -> Result<FreezeWatch> {
@@ -104,6 +126,22 @@ impl TestVm {
         };
         let proxy = AgentProxy::start(&self.dir().join("watch.sock"), &self.qga(), at_thaw)?;
         Ok(FreezeWatch { proxy, taken })
+    }
+
+    /// Freezes the file systems from within the guest, which no agent knows of.
+    pub fn freeze_by_hand(&self) -> Result<()> {
+        self.on_filesystems("fsfreeze --freeze")
+    }
+
+    /// Ends [`TestVm::freeze_by_hand`].
+    pub fn thaw_by_hand(&self) -> Result<()> {
+        self.on_filesystems("fsfreeze --unfreeze")
+    }
+
+    fn on_filesystems(&self, command: &str) -> Result<()> {
+        self.spec
+            .filesystems()
+            .try_for_each(|disk| self.guest(&format!("{command} /mnt/{}", disk.id)).map(drop))
     }
 
     /// Judges a restored folder of this VM's disks: file systems clean, the writer's order kept.

@@ -75,7 +75,7 @@ impl VmSpec {
 
     /// Makes blank disks, starts QEMU and waits for the guest (and its agent, if it has one).
     pub fn boot(self) -> Result<TestVm> {
-        let mut vm = TestVm::create(self)?;
+        let vm = TestVm::create(self)?;
         vm.wait_ready()?;
         Ok(vm)
     }

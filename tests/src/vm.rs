@@ -40,7 +40,7 @@ pub struct TestVm {
 struct Running {
     process: Background,
     monitor: Arc<Mutex<Monitor>>,
-    shell: Option<Shell>,
+    shell: Option<Mutex<Shell>>,
 }
 
 impl TestVm {
@@ -66,7 +66,7 @@ impl TestVm {
         let mut process = Background::spawn(&mut command)?;
         let monitor = connect_monitor(&mut process, dir)?;
         let shell = match self.spec.guest {
-            true => Some(Shell::connect(&dir.join("shell.sock"))?),
+            true => Some(Mutex::new(Shell::connect(&dir.join("shell.sock"))?)),
             false => None,
         };
         let monitor = Arc::new(Mutex::new(monitor));
@@ -75,9 +75,9 @@ impl TestVm {
     }
 
     /// Waits until the guest runs commands and its agent, if it has one, answers.
-    pub fn wait_ready(&mut self) -> Result<()> {
-        if let Some(shell) = &mut self.running_mut()?.shell {
-            shell.wait_ready(BOOT_DEADLINE).during("guest boot")?;
+    pub fn wait_ready(&self) -> Result<()> {
+        if self.spec.guest {
+            self.shell()?.wait_ready(BOOT_DEADLINE).during("guest boot")?;
         }
         if self.spec.agent {
             let socket = self.qga();
@@ -136,20 +136,22 @@ impl TestVm {
     }
 
     /// Runs a shell command in the guest; a status other than 0 is a failure.
-    pub fn guest(&mut self, command: &str) -> Result<String> {
-        match &mut self.running_mut()?.shell {
-            Some(shell) => shell.run(command),
-            None => Err(Failure::new("this VM has no guest")),
-        }
+    pub fn guest(&self, command: &str) -> Result<String> {
+        self.shell()?.run(command)
+    }
+
+    fn shell(&self) -> Result<MutexGuard<'_, Shell>> {
+        let shell = self.running()?.shell.as_ref();
+        shell.map(lock).ok_or_else(|| Failure::new("this VM has no guest"))
     }
 
     /// Waits until the guest's writer has finished `rounds` more rounds.
-    pub fn wait_writer(&mut self, rounds: u64) -> Result<()> {
+    pub fn wait_writer(&self, rounds: u64) -> Result<()> {
         let Some(disk) = self.spec.writer.last().cloned() else {
             return Err(Failure::new("this VM has no writer"));
         };
         let command = format!("ordered-writer last {disk} 2>/dev/null || echo 0");
-        let mut last = || -> Result<u64> { Ok(self.guest(&command)?.trim().parse().unwrap_or(0)) };
+        let last = || -> Result<u64> { Ok(self.guest(&command)?.trim().parse().unwrap_or(0)) };
         let until = last()? + rounds;
         wait_until("the guest's writer", BOOT_DEADLINE, || Ok(last()? >= until))
     }
@@ -202,9 +204,7 @@ impl TestVm {
 
     /// Has the guest shut down by itself.
     pub fn power_off(&mut self) -> Result<()> {
-        if let Some(shell) = &mut self.running_mut()?.shell {
-            shell.send("clean-poweroff")?;
-        }
+        self.shell()?.send("clean-poweroff")?;
         self.await_end()
     }
 
@@ -232,15 +232,11 @@ impl TestVm {
     fn running(&self) -> Result<&Running> {
         self.running.as_ref().ok_or_else(|| Failure::new("QEMU is not running"))
     }
-
-    fn running_mut(&mut self) -> Result<&mut Running> {
-        self.running.as_mut().ok_or_else(|| Failure::new("QEMU is not running"))
-    }
 }
 
-/// A test that failed while it held the monitor is failing anyway.
-pub(crate) fn lock(monitor: &Mutex<Monitor>) -> MutexGuard<'_, Monitor> {
-    monitor.lock().unwrap_or_else(PoisonError::into_inner)
+/// A test that failed while it held the lock is failing anyway.
+pub(crate) fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn connect_monitor(process: &mut Background, dir: &Path) -> Result<Monitor> {

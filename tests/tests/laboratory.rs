@@ -1,6 +1,6 @@
 //! The laboratory itself: its guest, its references and its judge of the writer's order.
 
-use icecore_tests::{Bus, Disk, Fs, MIB, Result, Scratch, VmSpec, check_writer_in_images};
+use icecore_tests::{Bus, Disk, Fs, MIB, Qemu, Result, Scratch, VmSpec, check_writer_in_images};
 
 #[test]
 fn a_guest_boots_on_every_bus_and_its_disks_can_be_read_from_outside() -> Result<()> {
@@ -47,4 +47,26 @@ fn a_vm_without_a_guest_takes_writes_through_its_device() -> Result<()> {
     let at = |offset: usize| bytes[MIB as usize + offset];
     assert_eq!([at(0), at(2047), at(2048), at(3071), at(3072), at(4096)], [90, 90, 0, 0, 90, 0]);
     vm.quit()
+}
+
+fn boots(qemu: Qemu, version: &str) -> Result<()> {
+    let mut vm = VmSpec::new("row")
+        .qemu(qemu)
+        .disk(Disk::new("d0", 64 * MIB).fs(Fs::Ext4).iothread())
+        .disk(Disk::new("d1", 8 * MIB).bus(Bus::VirtioScsi))
+        .boot()?;
+    let said = vm.monitor()?.execute("query-version", serde_json::json!({}))?;
+    assert!(said["qemu"].to_string().contains(version), "{said}");
+    vm.power_off()
+}
+
+#[test]
+fn qemu_7_2_runs_the_guest_from_its_folder() -> Result<()> {
+    boots(Qemu::V7_2, r#""major":7"#)
+}
+
+#[test]
+#[ignore = "long: QEMU 11.1 needs a chroot; cargo xtask test --long"]
+fn qemu_11_1_runs_the_guest_from_its_chroot() -> Result<()> {
+    boots(Qemu::V11_1, r#""major":11"#)
 }

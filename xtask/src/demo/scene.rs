@@ -26,7 +26,7 @@ impl Scene {
     /// Boots the guest on two disks with the writer over both, and gives it documents.
     pub fn set() -> Result<Self> {
         let icecore = Icecore::with_binary(release_binary()?)?;
-        let mut vm = VmSpec::new("demo")
+        let vm = VmSpec::new("demo")
             .disk(Disk::new("system", 512 * MIB).fs(Fs::Ext4))
             .disk(Disk::new("data", 1024 * MIB).fs(Fs::Xfs))
             .writer(&["system", "data"])
