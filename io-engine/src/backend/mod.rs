@@ -1,0 +1,136 @@
+//! Two backends behind one face: requests come out of a queue, are carried out on lanes, and go to
+//! a callback when they are complete. The first failure ends a run.
+
+mod file;
+mod probe;
+mod queue;
+mod slots;
+mod stream;
+mod threads;
+mod uring;
+
+#[cfg(test)]
+mod conformance;
+#[cfg(test)]
+pub(crate) mod toy;
+
+use crate::buffer::Buffer;
+use crate::control::Halt;
+use crate::error::{EngineError, Span};
+use crate::lane::Lane;
+use crate::limits::MAX_REQUEST;
+use crate::stats::Latency;
+use crate::wire::Op;
+
+pub use probe::{Engine, EngineChoice};
+pub(crate) use queue::{Feed, Intake, queue};
+
+/// One request and what its maker wants to find again at its completion.
+#[derive(Debug)]
+pub(crate) struct Request<N> {
+    pub(crate) op: Op,
+    pub(crate) offset: u64,
+    pub(crate) len: u32,
+    /// Reads fill its first `len` bytes, writes send them; others have none.
+    pub(crate) buf: Option<Buffer>,
+    pub(crate) note: N,
+}
+
+impl<N> Request<N> {
+    pub(crate) fn span(&self) -> Span {
+        Span::new(self.offset, u64::from(self.len))
+    }
+}
+
+/// A request that has succeeded.
+pub(crate) struct Completion<N> {
+    pub(crate) request: Request<N>,
+    /// A read whose whole range is a hole: it reads as zeroes, and the buffer was **not** filled.
+    pub(crate) hole: bool,
+}
+
+/// Called in the IO thread for each success; must not block.
+pub(crate) type Done<'a, N> = &'a (dyn Fn(Completion<N>) + Sync);
+
+/// The lanes of one disk with the engine that drives them.
+#[derive(Debug)]
+pub struct LaneSet {
+    lanes: Vec<Lane>,
+    engine: Engine,
+    count: usize,
+}
+
+impl LaneSet {
+    /// Takes `lanes` (all of one disk) to be driven by `choice`.
+    ///
+    /// # Errors
+    /// No lanes, or io_uring was demanded and is not available.
+    pub fn new(lanes: Vec<Lane>, choice: EngineChoice) -> Result<Self, EngineError> {
+        if lanes.is_empty() {
+            return Err(EngineError::Lanes("there are none".into()));
+        }
+        Ok(Self { count: lanes.len(), lanes, engine: choice.resolve()? })
+    }
+
+    /// Which engine drives them.
+    pub fn engine(&self) -> Engine {
+        self.engine
+    }
+
+    /// Gives the lanes back, drained, for a polite end of the connections. After a failed run they
+    /// are closed already and none are left.
+    pub fn into_lanes(self) -> Vec<Lane> {
+        self.lanes
+    }
+
+    /// Number of lanes.
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Threads that will take requests.
+    pub(crate) fn threads(&self) -> usize {
+        match self.engine {
+            Engine::Uring => 1,
+            Engine::Threads => self.count,
+        }
+    }
+
+    /// Bytes of one request: [`MAX_REQUEST`] or less if a lane takes less, whole blocks; one block
+    /// where that is more.
+    pub(crate) fn request_bytes(&self, block: u32) -> Result<u32, EngineError> {
+        let most = self.lanes.iter().map(Lane::max_request).min().unwrap_or(0);
+        if most < block {
+            let what = format!("the server takes {most} bytes at a time, a block has {block}");
+            return Err(EngineError::Lanes(what));
+        }
+        let wanted = most.min(MAX_REQUEST);
+        Ok((wanted - wanted % block).max(block))
+    }
+
+    /// Carries out what comes out of `intake` until it ends and everything is complete.
+    ///
+    /// On the way out of a failure nothing names a buffer any more, and the lanes are closed.
+    pub(crate) fn run<N: Send>(
+        &mut self,
+        intake: Intake<N>,
+        halt: &Halt,
+        done: Done<'_, N>,
+    ) -> Latency {
+        let lanes = std::mem::take(&mut self.lanes);
+        let outcome = match self.engine {
+            _ if lanes.is_empty() => {
+                Err(EngineError::Lanes("an earlier failure closed them".into()))
+            }
+            Engine::Uring => uring::run(lanes, &intake, halt, done),
+            Engine::Threads => threads::run(lanes, &intake, halt, done),
+        };
+        match halt.note(outcome) {
+            Some((lanes, latency)) => {
+                self.lanes = lanes;
+                latency
+            }
+            None => Latency::default(),
+        }
+    }
+}
