@@ -1,6 +1,8 @@
 //! One suite that every store passes: the directory store on the real file system, and the same
 //! store on the simulated one.
 
+#![allow(clippy::unwrap_used)] // a test that panics has failed
+
 use std::path::Path;
 use std::sync::{Arc, Barrier};
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::life::Life;
 use super::{BEATS, Coordination, GENERATIONS, WRITERS, accept_existing, fence_name, writer_name};
 use crate::envelope::Kind;
 use crate::error::{Error, Result};
@@ -33,6 +34,9 @@ pub struct WriterRecord {
     pub host: String,
     /// What it is about to do.
     pub purpose: String,
+    /// Its process, so that gc on the same host need not wait when it was killed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub life: Option<Life>,
 }
 
 /// A writer that gc waits for, from the moment this exists.
@@ -144,7 +148,7 @@ impl Coordination {
         Ok(next)
     }
 
-    pub(super) fn beat(&self, writer: &WriterId, count: u64) -> Result<()> {
+    pub(crate) fn beat(&self, writer: &WriterId, count: u64) -> Result<()> {
         self.store.put(&beat_name(writer, count)?, b"")?;
         match count.checked_sub(1) {
             Some(last) => Ok(self.store.delete(&[beat_name(writer, last)?])?),

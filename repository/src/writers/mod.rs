@@ -15,6 +15,7 @@
 
 mod announce;
 mod fate;
+mod life;
 mod reserve;
 mod revoke;
 mod standing;
@@ -26,6 +27,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use announce::{Announcement, Generation, HEARTBEAT_PERIOD, WriterRecord};
+pub(crate) use fate::Wish;
+pub use life::Life;
 pub use standing::{PointStanding, Standing};
 pub use watch::{Watch, Watched};
 
@@ -92,7 +95,8 @@ impl Coordination {
     }
 }
 
-fn accept_existing(result: Result<()>) -> Result<()> {
+/// Takes "somebody else created it first" for success.
+pub(crate) fn accept_existing(result: Result<()>) -> Result<()> {
     match result {
         Err(crate::error::Error::Store(error)) if error.already_exists() => Ok(()),
         other => other,

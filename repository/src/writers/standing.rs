@@ -73,6 +73,11 @@ impl Standing {
         self.revoked.contains_key(writer)
     }
 
+    /// Whether gc has given its verdict on this writer.
+    pub(crate) fn is_judged(&self, writer: &WriterId) -> bool {
+        self.revoked.get(writer).is_some_and(Option::is_some)
+    }
+
     /// Writers given up, decided or not.
     pub(crate) fn revoked_writers(&self) -> impl Iterator<Item = &WriterId> {
         self.revoked.keys()

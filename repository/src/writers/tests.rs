@@ -23,7 +23,12 @@ fn point(number: u32) -> PointId {
 }
 
 fn record(number: u128) -> WriterRecord {
-    WriterRecord { writer: writer(number), host: "here".into(), purpose: "a test".into() }
+    WriterRecord {
+        writer: writer(number),
+        host: "here".into(),
+        purpose: "a test".into(),
+        life: None,
+    }
 }
 
 #[test]
