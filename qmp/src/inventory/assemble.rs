@@ -11,7 +11,8 @@ use super::{Disk, Excluded, Exclusion, Identity, Inventory, Layer, Refusal, Unpr
 use crate::bitmap::Bitmap;
 
 /// Devices whose `drive` can be swapped under a running guest.
-const SWAPPABLE: [&str; 5] = ["virtio-blk-device", "scsi-hd", "ide-hd", "nvme", "nvme-ns"];
+const SWAPPABLE: [&str; 6] =
+    ["virtio-blk-device", "scsi-hd", "ide-hd", "nvme", "nvme-ns", "sd-card"];
 
 /// Devices that hand the guest's commands to the host device.
 const PASSTHROUGH: [&str; 2] = ["scsi-block", "scsi-generic"];
