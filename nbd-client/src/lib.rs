@@ -22,6 +22,7 @@ mod export_info;
 pub mod extents;
 pub mod handshake;
 pub mod proto;
+pub mod server;
 pub mod transmission;
 pub mod uri;
 
