@@ -1,6 +1,6 @@
 //! The guest agent, seen from the test: is it there, and what is it asked.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -36,6 +36,15 @@ pub fn agent_answers(socket: &Path) -> bool {
 
 type AtThaw = Arc<Mutex<dyn FnMut() + Send>>;
 
+/// What a client of the proxy gets to see of the agent's answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answers {
+    /// All of them.
+    All,
+    /// Not the one to a freeze: the guest is frozen and nobody says so.
+    NoneToFreeze,
+}
+
 /// Passes everything on between a client and an agent, and does something before the first thaw
 /// after each freeze.
 #[derive(Debug)]
@@ -50,6 +59,7 @@ impl AgentProxy {
     pub fn start(
         socket: &Path,
         agent: &Path,
+        answers: Answers,
         at_thaw: impl FnMut() + Send + 'static,
     ) -> Result<Self> {
         let _ = std::fs::remove_file(socket);
@@ -62,7 +72,7 @@ impl AgentProxy {
                 if stop.load(Ordering::Acquire) {
                     return;
                 }
-                serve(client, &agent, &at_thaw);
+                serve(client, &agent, answers, &at_thaw);
             }
         });
         Ok(Self { socket: socket.to_path_buf(), over, thread: Some(thread) })
@@ -85,26 +95,33 @@ impl Drop for AgentProxy {
     }
 }
 
-fn serve(client: UnixStream, agent: &Path, at_thaw: &AtThaw) {
+fn serve(client: UnixStream, agent: &Path, answers: Answers, at_thaw: &AtThaw) {
     let Ok(agent) = UnixStream::connect(agent) else { return };
-    let (Ok(mut from_agent), Ok(mut to_client)) = (agent.try_clone(), client.try_clone()) else {
-        return;
-    };
-    let back = std::thread::spawn(move || {
-        let mut buffer = [0; 4096];
-        while let Ok(count @ 1..) = from_agent.read(&mut buffer) {
-            if to_client.write_all(&buffer[..count]).is_err() {
-                return;
-            }
-        }
-        let _ = to_client.shutdown(Shutdown::Both);
+    let (Ok(from_agent), Ok(to_client)) = (agent.try_clone(), client.try_clone()) else { return };
+    // Set while the next answer is the one to a freeze.
+    let swallow = Arc::new(AtomicBool::new(false));
+    let mute = Arc::clone(&swallow);
+    let back = std::thread::spawn(move || pass_back(from_agent, to_client, &mute));
+    pass_on(&client, &agent, at_thaw, || {
+        swallow.store(answers == Answers::NoneToFreeze, Ordering::Release);
     });
-    pass_on(&client, &agent, at_thaw);
     let _ = agent.shutdown(Shutdown::Both);
     let _ = back.join();
 }
 
-fn pass_on(client: &UnixStream, mut agent: &UnixStream, at_thaw: &AtThaw) {
+fn pass_back(from_agent: UnixStream, mut to_client: UnixStream, swallow: &AtomicBool) {
+    let mut answers = BufReader::new(from_agent);
+    let mut line = Vec::new();
+    while matches!(answers.read_until(b'\n', &mut line), Ok(1..)) {
+        if !swallow.swap(false, Ordering::AcqRel) && to_client.write_all(&line).is_err() {
+            return;
+        }
+        line.clear();
+    }
+    let _ = to_client.shutdown(Shutdown::Both);
+}
+
+fn pass_on(client: &UnixStream, mut agent: &UnixStream, at_thaw: &AtThaw, at_freeze: impl Fn()) {
     let mut requests = BufReader::new(client);
     let mut frozen = false;
     let mut line = Vec::new();
@@ -112,6 +129,7 @@ fn pass_on(client: &UnixStream, mut agent: &UnixStream, at_thaw: &AtThaw) {
         let text = String::from_utf8_lossy(&line);
         if text.contains("guest-fsfreeze-freeze") {
             frozen = true;
+            at_freeze();
         } else if text.contains("guest-fsfreeze-thaw") && std::mem::take(&mut frozen) {
             at_thaw.lock().unwrap_or_else(PoisonError::into_inner)();
         }

@@ -71,6 +71,8 @@ pub struct Disk {
     pub(crate) attach: Attach,
     pub(crate) fs: Fs,
     pub(crate) iothread: bool,
+    /// Where the top image is now, when it is no longer where it was made.
+    pub(crate) moved_to: Option<PathBuf>,
 }
 
 impl Disk {
@@ -84,6 +86,7 @@ impl Disk {
             attach: Attach::Blockdev,
             fs: Fs::Raw,
             iothread: false,
+            moved_to: None,
         }
     }
 
@@ -129,7 +132,8 @@ impl Disk {
 
     /// The top image's file in the VM's folder.
     pub fn file(&self, dir: &Path) -> PathBuf {
-        dir.join(format!("{}.{}", self.id, self.format()))
+        let made = || dir.join(format!("{}.{}", self.id, self.format()));
+        self.moved_to.clone().unwrap_or_else(made)
     }
 
     pub(crate) fn create(&self, dir: &Path) -> Result<()> {
@@ -156,7 +160,7 @@ impl Disk {
     }
 
     /// The id of the block node's owner: what a device's `drive` property names.
-    fn drive(&self) -> String {
+    pub(crate) fn drive(&self) -> String {
         format!("{}-node", self.id)
     }
 

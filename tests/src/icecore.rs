@@ -10,11 +10,14 @@ use serde_json::Value;
 
 use crate::failure::{Failure, Result};
 use crate::place::Scratch;
-use crate::process::{Background, collect, drain};
+use crate::process::{Background, collect, drain, wait_until};
 use crate::vm::TestVm;
 
 /// No command of a test takes longer; at the deadline it is killed and the test fails.
 const RUN_DEADLINE: Duration = Duration::from_secs(180);
+
+/// From the start of a backup to its copy.
+const COPY_DEADLINE: Duration = Duration::from_secs(30);
 
 /// One user of Icecore: a binary, a state folder and a repository.
 #[derive(Debug)]
@@ -103,6 +106,21 @@ impl Icecore {
     pub fn backup_through(&self, vm: &TestVm, agent: &Path) -> Run {
         let run = self.on_repository("backup").arg("--qmp").arg(vm.qmp());
         run.arg("--name").arg(vm.name()).arg("--qga").arg(agent)
+    }
+
+    /// Starts a backup whose copy takes long, and waits until it is copying.
+    pub fn start_slow_backup(&self, vm: &TestVm) -> Result<Started> {
+        let mut run = self.backup(vm).arg("--rate-limit").arg("1M").start()?;
+        wait_until("the copy", COPY_DEADLINE, || {
+            if run.runs()? {
+                Ok(vm.is_being_copied()?)
+            } else {
+                Err(Failure::new("it ended early"))
+            }
+        })?;
+        // So that the middle of the copy is meant, not its beginning.
+        std::thread::sleep(Duration::from_millis(500));
+        Ok(run)
     }
 
     /// `icecore rollback` of a running VM.

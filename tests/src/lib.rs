@@ -25,7 +25,7 @@ mod shell;
 mod spec;
 mod vm;
 
-pub use agent::{AgentProxy, agent_answers};
+pub use agent::{AgentProxy, Answers, agent_answers};
 pub use disk::{Attach, Bus, Disk, Fs, Layout};
 pub use failure::{Failure, Result};
 pub use icecore::{Icecore, Outcome, Run, Started};

@@ -99,6 +99,12 @@ impl TestVm {
         Ok(traces)
     }
 
+    /// Whether QEMU serves an export or runs a job right now.
+    pub fn is_being_copied(&self) -> Result<bool> {
+        let traces = self.traces()?;
+        Ok(traces.iter().any(|trace| trace.starts_with("export") || trace.starts_with("job")))
+    }
+
     /// A failure unless QEMU lives and nothing is left in it, at once or as soon as a guardian
     /// has noticed.
     pub fn require_no_trace(&self) -> Result<()> {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::{Value, json};
 
-use crate::agent::AgentProxy;
+use crate::agent::{AgentProxy, Answers};
 use crate::disk::Disk;
 use crate::failure::{Failure, Result};
 use crate::icecore::{Icecore, Run};
@@ -124,8 +124,17 @@ impl TestVm {
             let reference = Reference::read(&monitor, &dir, &disks);
             *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(reference);
         };
-        let proxy = AgentProxy::start(&self.dir().join("watch.sock"), &self.qga(), at_thaw)?;
+        let proxy = self.agent_proxy(Answers::All, at_thaw)?;
         Ok(FreezeWatch { proxy, taken })
+    }
+
+    /// Stands between Icecore and the guest agent, and does something before each thaw.
+    pub fn agent_proxy(
+        &self,
+        answers: Answers,
+        at_thaw: impl FnMut() + Send + 'static,
+    ) -> Result<AgentProxy> {
+        AgentProxy::start(&self.dir().join("watch.sock"), &self.qga(), answers, at_thaw)
     }
 
     /// Freezes the file systems from within the guest, which no agent knows of.

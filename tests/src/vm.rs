@@ -135,6 +135,31 @@ impl TestVm {
         Ok(Arc::clone(&self.running()?.monitor))
     }
 
+    /// The node name of a disk that is attached by `-blockdev`.
+    pub fn node(&self, id: &str) -> Result<String> {
+        Ok(self.find_disk(id)?.drive())
+    }
+
+    /// Takes an external snapshot of a disk, as an operator's tool would: its image becomes the
+    /// backing file of a new one.
+    pub fn external_snapshot(&mut self, id: &str) -> Result<()> {
+        let (node, file) = (self.node(id)?, self.scratch.join(format!("{id}-snapshot.qcow2")));
+        let arguments = json!({
+            "node-name": node, "snapshot-file": file, "format": "qcow2",
+            "snapshot-node-name": format!("{node}-snapshot"),
+        });
+        self.monitor()?.execute("blockdev-snapshot-sync", arguments)?;
+        let disk = self.spec.disks.iter_mut().find(|disk| disk.id == id);
+        disk.into_iter().for_each(|disk| disk.moved_to = Some(file.clone()));
+        Ok(())
+    }
+
+    /// Changes the size of a disk while it is in use.
+    pub fn resize(&self, id: &str, bytes: u64) -> Result<()> {
+        let arguments = json!({ "node-name": self.node(id)?, "size": bytes });
+        self.monitor()?.execute("block_resize", arguments).map(drop)
+    }
+
     /// Runs a shell command in the guest; a status other than 0 is a failure.
     pub fn guest(&self, command: &str) -> Result<String> {
         self.shell()?.run(command)

@@ -1,0 +1,98 @@
+//! The main promise: every point of a chain restores byte for byte what the disks held at its
+//! instant, while the guest writes, trims, zeroes and rewrites.
+
+use icecore_tests::{
+    Attach, Bus, Disk, Fs, Icecore, Layout, MIB, Reference, Result, TestVm, VmSpec, count, of_disk,
+    require_mode, text,
+};
+
+/// What happens in the guest before each point.
+const CHANGES: [&str; 4] = [
+    "dd if=/dev/urandom of=/dev/lab/raw bs=1M count=24 conv=fsync; \
+     dd if=/dev/urandom of=/mnt/sys/old bs=1M count=8 conv=fsync; \
+     dd if=/dev/urandom of=/mnt/data/old bs=1M count=8 conv=fsync",
+    // Trim: what is gone must read as it reads now, not as it was.
+    "/sbin/blkdiscard -o 2M -l 3M /dev/lab/raw; rm /mnt/sys/old /mnt/data/old; \
+     sync; /sbin/fstrim /mnt/sys; /sbin/fstrim /mnt/data",
+    // Zeroes, with and without unmapping, on and off block boundaries.
+    "/sbin/blkdiscard -z -o 8M -l 1M /dev/lab/raw; \
+     dd if=/dev/zero of=/dev/lab/raw bs=4k seek=3001 count=37 conv=notrunc,fsync; \
+     dd if=/dev/urandom of=/mnt/data/hole bs=1M count=4 conv=fsync; \
+     /sbin/fallocate -p -o 1M -l 1M /mnt/data/hole; sync",
+    // In-place rewrites, and data where zeroes and holes were.
+    "for n in 1 77 300 512 513 3002; do \
+       dd if=/dev/urandom of=/dev/lab/raw bs=4k seek=$n count=1 conv=notrunc,fsync; done; \
+     dd if=/dev/urandom of=/mnt/data/hole bs=4k seek=300 count=3 conv=notrunc,fsync",
+];
+
+fn busy_vm() -> VmSpec {
+    VmSpec::new("chain")
+        .disk(Disk::new("sys", 128 * MIB).fs(Fs::Ext4))
+        .disk(Disk::new("data", 128 * MIB).fs(Fs::Xfs).bus(Bus::VirtioScsi).attach(Attach::Drive))
+        .disk(Disk::new("raw", 48 * MIB).layout(Layout::Qcow2OnBacking))
+        .writer(&["sys", "data"])
+}
+
+fn take_points(icecore: &Icecore, vm: &TestVm) -> Result<Vec<(String, Reference)>> {
+    let mut points = Vec::new();
+    for (index, change) in CHANGES.iter().enumerate() {
+        vm.wait_writer(3)?;
+        vm.guest(change)?;
+        let (report, reference) = icecore.backup_quietly(vm, |run| run)?;
+        for disk in vm.disks() {
+            require_mode(&report, disk.id(), if index == 0 { "full" } else { "incremental" })?;
+            if index > 0 {
+                let read = count(of_disk(&report, disk.id())?, "read_bytes")?;
+                assert!(read < 40 * MIB, "{} read {read} bytes", disk.id());
+            }
+        }
+        points.push((text(&report, "point")?.to_owned(), reference));
+        vm.require_no_trace()?;
+    }
+    Ok(points)
+}
+
+#[test]
+fn full_and_three_incrementals_of_a_writing_guest_restore_byte_for_byte() -> Result<()> {
+    let mut vm = busy_vm().boot()?;
+    let icecore = Icecore::new()?;
+    let points = take_points(&icecore, &vm)?;
+    for disk in ["sys", "data", "raw"] {
+        assert_eq!(vm.bitmaps(disk)?.len(), 1, "one recording bitmap for each disk: {disk}");
+    }
+    vm.power_off()?;
+    for (point, reference) in &points {
+        icecore.prove_point(&vm, point, reference)?;
+    }
+    icecore.check().map(drop)
+}
+
+#[test]
+fn without_an_agent_the_points_of_a_quiet_guest_restore_byte_for_byte() -> Result<()> {
+    let mut vm = busy_vm().no_agent().boot()?;
+    let icecore = Icecore::new()?;
+    let points = take_points(&icecore, &vm)?;
+    vm.power_off()?;
+    for (point, reference) in &points {
+        icecore.prove_point(&vm, point, reference)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn disks_on_ide_sata_and_nvme_chain_like_all_others() -> Result<()> {
+    for (name, bus) in [("ide", Bus::Ide), ("sata", Bus::Sata), ("nvme", Bus::Nvme)] {
+        let mut vm =
+            VmSpec::new(name).no_guest().disk(Disk::new(name, 16 * MIB).bus(bus)).start()?;
+        let icecore = Icecore::new()?;
+        let mut modes = Vec::new();
+        for byte in 1..=3 {
+            vm.fill(name, byte, u64::from(byte) * MIB, 65536)?;
+            let report = icecore.prove_next_point(&vm)?;
+            modes.push(text(of_disk(&report, name)?, "mode")?.to_owned());
+        }
+        vm.require_alive()?;
+        assert_eq!(modes, ["full", "incremental", "incremental"], "{name}");
+    }
+    Ok(())
+}
