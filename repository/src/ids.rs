@@ -51,7 +51,7 @@ impl BlockId {
 }
 
 /// Root of the content tree of one disk: proves a restore, independent of packing.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct ContentRoot(pub [u8; 32]);
 
 /// BLAKE3 of an object or of a part of one (maps, manifests), as opposed to content.

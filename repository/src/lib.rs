@@ -4,11 +4,39 @@
 //! nothing about when or what to back up. It is synchronous; its handles may be used from several
 //! threads at once. `docs/FORMAT.md` describes every byte it writes.
 
+mod block;
+mod cache;
+mod catalog;
+mod commit;
+mod config;
+mod content;
+mod decoder;
+mod dedup;
+mod encoder;
+mod envelope;
+mod error;
 pub mod geometry;
 pub mod ids;
+mod manifest;
+mod map;
+mod names;
+mod pack;
 pub mod point;
+mod reader;
+mod repository;
+mod resolve;
+mod session;
+mod sink;
 pub mod store;
+pub mod writers;
 
+pub use block::{BlockHasher, Compression};
+pub use commit::{BeginPoint, ChainChoice, PointWriter};
+pub use config::FORMAT_VERSION;
+pub use content::ContentHasher;
+pub use decoder::BlockDecoder;
+pub use encoder::{BlockEncoder, Encoders};
+pub use error::{Damage, DamageKind, Error, Result};
 pub use geometry::{BlockIndex, BlockSize, GeometryError};
 pub use ids::{
     BlockId, ChainId, Checksum, ContentRoot, DiskId, IdError, PackId, PointId, RepositoryId, RunId,
@@ -18,3 +46,6 @@ pub use point::{
     CapsulePart, Consistency, ConsistencyLevel, DiskMeta, DiskMode, DiskSummary, Encoded, Entry,
     Frame, Location, ParentBlock, PartInfo, Point, PointDisk, PointMeta, RunRef, WriterInfo,
 };
+pub use reader::{Diff, DiskReader, Entries};
+pub use repository::{InitOptions, OpenOptions, Repository, RepositoryInfo};
+pub use sink::{DiskSink, DiskStart, DiskWriter, ParentCursor};

@@ -166,7 +166,7 @@ pub struct PointDisk {
 }
 
 /// What writing one disk of a point came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskSummary {
     /// Proof of the disk's content.
     pub content_root: ContentRoot,

@@ -1,0 +1,61 @@
+//! Files of the cache directory: sealed, replaced atomically, and never needed.
+//!
+//! Whatever is wrong with a cache file costs time, never a result: it is read as absent.
+
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+
+use crate::envelope::{self, Kind};
+use crate::ids::RepositoryId;
+
+/// No cache file is larger; a larger one is not read.
+const CACHE_BYTES_MAX: u64 = 256 << 20;
+
+/// The cache directory of one repository.
+#[derive(Clone, Debug)]
+pub(crate) struct Cache {
+    folder: PathBuf,
+    repository: RepositoryId,
+}
+
+impl Cache {
+    pub(crate) fn new(root: PathBuf, repository: &RepositoryId) -> Self {
+        Self { folder: root.join(repository.as_str()), repository: repository.clone() }
+    }
+
+    pub(crate) fn read(&self, kind: Kind, name: &'static str) -> Option<Vec<u8>> {
+        let path = self.folder.join(name);
+        if fs::metadata(&path).ok()?.len() > CACHE_BYTES_MAX {
+            return None;
+        }
+        let bytes = fs::read(&path).ok()?;
+        match envelope::open(kind, &self.repository, name, &bytes) {
+            Ok(payload) => Some(payload.to_vec()),
+            Err(error) => {
+                tracing::warn!(%error, path = %path.display(), "cache file is ignored");
+                None
+            }
+        }
+    }
+
+    pub(crate) fn write(&self, kind: Kind, name: &'static str, payload: &[u8]) {
+        let sealed = envelope::seal(kind, &self.repository, payload);
+        if let Err(error) = self.replace(name, &sealed) {
+            tracing::warn!(%error, folder = %self.folder.display(), "cache file not written");
+        }
+    }
+
+    fn replace(&self, name: &'static str, bytes: &[u8]) -> std::io::Result<()> {
+        fs::create_dir_all(&self.folder)?;
+        // Two processes may write at once: each its own file, the last rename wins.
+        let fresh = self.folder.join(format!(".{name}.{}", std::process::id()));
+        let written = fs::File::create(&fresh).and_then(|mut file| file.write_all(bytes));
+        let replaced = written.and_then(|()| fs::rename(&fresh, self.folder.join(name)));
+        if replaced.is_err() {
+            // Best effort: what stays behind is overwritten by the next try.
+            let _ = fs::remove_file(&fresh);
+        }
+        replaced
+    }
+}

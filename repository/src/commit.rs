@@ -1,0 +1,361 @@
+//! A point being written, and its commit: packs, maps, manifest, read back, fence, receipt.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+use crate::dedup::DedupIndex;
+use crate::encoder::Encoders;
+use crate::envelope::Kind;
+use crate::error::{Damage, DamageKind, Error, Result};
+use crate::ids::{ChainId, PointId, VmName, WriterId};
+use crate::manifest::{self, Receipt};
+use crate::map::{Below, MapView, RunDraft, RunReader, fold, merge_count};
+use crate::names;
+use crate::point::{DiskSummary, Point, PointDisk, PointMeta};
+use crate::reader::open_runs;
+use crate::repository::{Inner, Repository, random};
+use crate::session::{FinishedDisk, Session};
+use crate::sink::{DiskSink, DiskStart, DiskWriter, Inheritance, Parent, ParentCursor};
+use crate::store::{StoreError, StoreErrorKind};
+use crate::writers::{Announcement, Generation, Life, WriterRecord};
+
+const DEDUP_FILE: &str = "dedup";
+
+/// Which chain a new point belongs to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ChainChoice {
+    /// It begins one.
+    New,
+    /// It goes on with this one.
+    Existing(ChainId),
+}
+
+/// What is known of a point at its beginning.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BeginPoint {
+    /// The VM.
+    pub vm: VmName,
+    /// Its chain.
+    pub chain: ChainChoice,
+    /// The wall clock.
+    pub now: Timestamp,
+}
+
+/// A point being written. Dropping it is [`abort`](Self::abort).
+pub struct PointWriter {
+    session: Arc<Session>,
+    chain: ChainId,
+    vm: VmName,
+    writer_id: WriterId,
+    announcement: Option<Announcement>,
+}
+
+impl Repository {
+    /// Begins a point: announces the writer, then looks at what there is.
+    ///
+    /// # Errors
+    /// `NotFound` when the chain has no point of this VM; `ReadOnly`; the store's.
+    pub fn begin_point(&self, begin: BeginPoint) -> Result<PointWriter> {
+        self.inner.refuse_read_only("write a point")?;
+        let writer_id = WriterId::from_random(u128::from_le_bytes(random()?));
+        let record = WriterRecord {
+            writer: writer_id.clone(),
+            host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            purpose: format!("a point of {}", begin.vm),
+            life: Life::of_this_process(),
+        };
+        let announcement = self.inner.coordination.announce(&record)?;
+        match self.prepare(&begin, &announcement) {
+            Ok((point, chain, dedup)) => {
+                let session = Session::new(Arc::clone(&self.inner), point, dedup);
+                let (session, vm) = (Arc::new(session), begin.vm);
+                let announcement = Some(announcement);
+                Ok(PointWriter { session, chain, vm, writer_id, announcement })
+            }
+            Err(error) => {
+                end(announcement);
+                Err(error)
+            }
+        }
+    }
+
+    fn prepare(
+        &self,
+        begin: &BeginPoint,
+        announcement: &Announcement,
+    ) -> Result<(PointId, ChainId, DedupIndex)> {
+        let points = self.points()?;
+        let of_chain = |point: &Point| match &begin.chain {
+            ChainChoice::New => false,
+            ChainChoice::Existing(chain) => &point.chain == chain && point.vm == begin.vm,
+        };
+        if let ChainChoice::Existing(chain) = &begin.chain
+            && !points.iter().any(of_chain)
+        {
+            return Err(Error::NotFound { what: format!("chain {chain} of {}", begin.vm) });
+        }
+        let before = |point: &&Point| point.vm == begin.vm || of_chain(point);
+        let floor = points.iter().filter(before).map(|point| &point.id).max();
+        let point = PointId::next(begin.now, floor, u32::from_le_bytes(random()?));
+        let chain = match &begin.chain {
+            ChainChoice::New => ChainId::from(&point),
+            ChainChoice::Existing(chain) => chain.clone(),
+        };
+        Ok((point, chain, load_dedup(&self.inner, announcement.generation())?))
+    }
+}
+
+/// The dedup cache, if it is of this generation and as far as its packs are there.
+fn load_dedup(inner: &Inner, generation: Generation) -> Result<DedupIndex> {
+    let saved = inner.cache.as_ref().and_then(|cache| cache.read(Kind::DEDUP, DEDUP_FILE));
+    let Some(saved) = saved else { return Ok(DedupIndex::new()) };
+    let of_generation = saved
+        .split_first_chunk::<8>()
+        .filter(|(number, _)| Generation(u64::from_le_bytes(**number)) == generation);
+    let Some((_, table)) = of_generation else { return Ok(DedupIndex::new()) };
+    let loaded = DedupIndex::load(table, |pack| Ok(inner.store.exists(&names::pack(pack)?)?));
+    match loaded {
+        Err(Error::Damaged(_)) => Ok(DedupIndex::new()),
+        other => other,
+    }
+}
+
+fn save_dedup(inner: &Inner, generation: Generation, dedup: &DedupIndex) {
+    if let Some(cache) = &inner.cache {
+        let mut payload = generation.0.to_le_bytes().to_vec();
+        payload.extend_from_slice(&dedup.save());
+        cache.write(Kind::DEDUP, DEDUP_FILE, &payload);
+    }
+}
+
+/// Takes an announcement back where no manifest can exist.
+fn end(announcement: Announcement) {
+    if let Err(error) = announcement.end() {
+        // gc revokes a writer that is gone; nothing else is lost.
+        tracing::warn!(%error, "the announcement of this writer stays until the next gc");
+    }
+}
+
+impl PointWriter {
+    /// The id that the point will have.
+    #[must_use]
+    pub fn id(&self) -> &PointId {
+        &self.session.point
+    }
+
+    /// The chain that it belongs to.
+    #[must_use]
+    pub fn chain(&self) -> &ChainId {
+        &self.chain
+    }
+
+    /// Begins a disk. Several may be written at once, from several threads.
+    ///
+    /// # Errors
+    /// `Refused` when the disk was begun before or the parent is of another chain; `NotFound` when
+    /// the parent or its disk is gone; `Damaged` when the parent's map is.
+    pub fn disk(&self, start: DiskStart) -> Result<DiskWriter> {
+        let parent = match &start.parent {
+            Some(parent) => Some(self.open_parent(parent, &start)?),
+            None => None,
+        };
+        if !self.session.start(&start.disk) {
+            return Err(Error::Refused {
+                what: format!("disk {} was begun twice in point {}", start.disk, self.id()),
+                advice: "name each disk once",
+            });
+        }
+        Ok(DiskWriter {
+            cursor: ParentCursor::new(parent.as_ref()),
+            encoders: Encoders::new(Arc::clone(&self.session)),
+            sink: DiskSink::new(Arc::clone(&self.session), start, parent)?,
+        })
+    }
+
+    fn open_parent(&self, id: &PointId, start: &DiskStart) -> Result<Parent> {
+        let inner = &self.session.inner;
+        // Read after the announcement: gc keeps what this point refers to from now on.
+        let parent = Repository { inner: Arc::clone(inner) }.point(id)?;
+        if parent.chain != self.chain {
+            return Err(Error::Refused {
+                what: format!("point {id} is of chain {}, not of {}", parent.chain, self.chain),
+                advice: "choose a parent of the same chain",
+            });
+        }
+        let Some(held) = parent.disk(&start.disk) else {
+            return Err(Error::NotFound { what: format!("disk {} in point {id}", start.disk) });
+        };
+        let block_size = inner.config.block_size;
+        Ok(Parent {
+            inheritance: Inheritance::new(block_size, start.size_bytes, held.size_bytes)?,
+            references: held.runs.clone(),
+            runs: open_runs(inner, &held.runs)?,
+        })
+    }
+
+    /// Makes the point: every step is durable before the next.
+    ///
+    /// # Errors
+    /// `CommitUnknown` when the manifest was on its way; with any other error there is no point.
+    pub fn commit(mut self, meta: PointMeta) -> Result<Point> {
+        let (point, manifest) = self.prepare_commit(meta)?;
+        let name = names::manifest(&point.id)?;
+        // From here on a drop must not take the announcement back: the manifest may be there.
+        let announcement = self.announcement.take();
+        if let Err(error) = self.session.inner.store.put(&name, &manifest) {
+            if self.is_surely_absent(&error) {
+                announcement.into_iter().for_each(end);
+                return Err(error.into());
+            }
+            return Err(self.unknown(error.into()));
+        }
+        let sealed = self.seal(&point, &manifest, announcement.as_ref());
+        sealed.map_err(|error| self.unknown(error))?;
+        if let Some(announcement) = announcement {
+            save_dedup(&self.session.inner, announcement.generation(), &self.session.dedup);
+            end(announcement);
+        }
+        Ok(point)
+    }
+
+    /// Gives the point up; what was stored is garbage for gc.
+    pub fn abort(self) {}
+
+    /// Packs and maps, durable; then the manifest's bytes.
+    fn prepare_commit(&self, meta: PointMeta) -> Result<(Point, Vec<u8>)> {
+        self.session.check_sound()?;
+        let finished = self.session.take_finished().map_err(|disk| Error::Refused {
+            what: format!("disk {disk} of point {} is not finished", self.id()),
+            advice: "finish or leave out every disk before the commit",
+        })?;
+        let (packs, pack_bytes) = self.session.close_packs()?;
+        let mut stored = Stored { objects: packs, bytes: pack_bytes };
+        let disks: Result<Vec<PointDisk>> =
+            finished.into_iter().map(|disk| self.store_map(disk, &mut stored)).collect();
+        let point = self.describe(meta, disks?, stored);
+        let inner = &self.session.inner;
+        let block_size = inner.config.block_size;
+        let parts = &point.meta.parts;
+        let manifest = manifest::encode(&inner.config.id, block_size, &point, parts)?;
+        Ok((point, manifest))
+    }
+
+    fn describe(&self, meta: PointMeta, disks: Vec<PointDisk>, stored: Stored) -> Point {
+        Point {
+            id: self.id().clone(),
+            vm: self.vm.clone(),
+            chain: self.chain.clone(),
+            parent: disks.iter().filter_map(|disk| disk.parent.clone()).max(),
+            writer_id: self.writer_id.clone(),
+            parts: manifest::describe_parts(&meta.parts),
+            new_bytes: disks.iter().map(|disk| disk.summary.new_bytes).sum(),
+            stored_bytes: stored.bytes,
+            // The manifest and its receipt.
+            object_count: stored.objects + 2,
+            meta,
+            disks,
+        }
+    }
+
+    /// Stores the map of one disk, folding small runs together.
+    fn store_map(&self, finished: FinishedDisk, stored: &mut Stored) -> Result<PointDisk> {
+        let FinishedDisk { disk, size_bytes, parent_id, parent, run, summary } = finished;
+        let (references, readers) =
+            parent.map_or_else(Default::default, |parent| (parent.references, parent.runs));
+        let mut map_bytes = 0;
+        let runs = if run.is_empty() {
+            references
+        } else {
+            let mut write = |draft: &RunDraft| {
+                stored.count(draft);
+                map_bytes += draft.reference.bytes;
+                draft.store(&*self.session.inner.store)
+            };
+            let draft = run.finish()?;
+            let bytes: Vec<u64> = references.iter().map(|run| run.bytes).collect();
+            let swallowed = merge_count(draft.reference.bytes, &bytes);
+            let (folded, kept) = (&readers[..swallowed], &references[swallowed..]);
+            let newest = if swallowed == 0 {
+                write(&draft)?;
+                Some(draft.reference)
+            } else {
+                let below = if kept.is_empty() { Below::Nothing } else { Below::Older };
+                let folded = self.fold(&draft, folded, below)?;
+                folded.iter().try_for_each(&mut write)?;
+                draft.discard()?;
+                folded.map(|folded| folded.reference)
+            };
+            newest.into_iter().chain(kept.iter().cloned()).collect()
+        };
+        let summary = DiskSummary { map_bytes, ..summary };
+        let content_root = summary.content_root;
+        Ok(PointDisk { disk, size_bytes, parent: parent_id, content_root, runs, summary })
+    }
+
+    /// One run that says what `draft` over `older` says; none when that is nothing.
+    fn fold(
+        &self,
+        draft: &RunDraft,
+        older: &[Arc<RunReader>],
+        below: Below,
+    ) -> Result<Option<RunDraft>> {
+        let repository = &self.session.inner.config.id;
+        let newest = RunReader::of(draft.source.clone(), repository, &draft.reference)?;
+        let runs: Vec<_> = std::iter::once(Arc::new(newest)).chain(older.iter().cloned()).collect();
+        let mut writer = self.session.run_writer()?;
+        fold(&mut MapView::new(&runs), below, &mut writer)?;
+        if writer.is_empty() { Ok(None) } else { writer.finish().map(Some) }
+    }
+
+    /// Reads the manifest back, looks for a fence, leaves the receipt.
+    fn seal(&self, point: &Point, manifest: &[u8], standing: Option<&Announcement>) -> Result<()> {
+        let inner = &self.session.inner;
+        if inner.manifest_bytes(&point.id)? != manifest {
+            let detail = "what was read back is not what was written";
+            let name = names::manifest(&point.id)?;
+            return Err(Damage::new(name, DamageKind::Checksum, detail).into());
+        }
+        if let Some(announcement) = standing {
+            announcement.must_stand(&point.id)?;
+        }
+        let receipt = Receipt::of(point, manifest).encode(&inner.config.id)?;
+        Ok(inner.store.put(&names::receipt(&point.id)?, &receipt)?)
+    }
+
+    /// Whether a failed manifest is known not to exist: the device itself refused it, for a reason
+    /// that leaves nothing under way, and it is not there.
+    fn is_surely_absent(&self, error: &StoreError) -> bool {
+        let refused = matches!(
+            error.kind(),
+            StoreErrorKind::NoSpace | StoreErrorKind::ReadOnly | StoreErrorKind::Permission
+        );
+        let store = &self.session.inner.store;
+        refused
+            && names::manifest(self.id())
+                .is_ok_and(|name| store.exists(&name).is_ok_and(|exists| !exists))
+    }
+
+    fn unknown(&self, source: Error) -> Error {
+        Error::CommitUnknown { point: self.id().clone(), source: Box::new(source) }
+    }
+}
+
+impl Drop for PointWriter {
+    fn drop(&mut self) {
+        self.announcement.take().into_iter().for_each(end);
+    }
+}
+
+/// Objects and bytes written for a point.
+struct Stored {
+    objects: u64,
+    bytes: u64,
+}
+
+impl Stored {
+    fn count(&mut self, draft: &RunDraft) {
+        self.objects += 1;
+        self.bytes += draft.reference.bytes;
+    }
+}

@@ -1,0 +1,200 @@
+//! What is known to be in the repository already: a bounded, disposable cache.
+//!
+//! It may forget anything at any time. It must never know what is not so: it is discarded when gc
+//! has begun another generation, and of what was saved only packs are kept that are seen to be
+//! there after the writer announced itself.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use crate::error::{Damage, DamageKind, Result};
+use crate::ids::{BlockId, PackId};
+use crate::point::Location;
+
+/// Known blocks: 128 Ki of 40 bytes make 5 MiB and cover 8 GiB of data in 64 KiB blocks.
+const KNOWN_MAX: usize = 1 << 17;
+/// A block may lie in one of these many places of its set; the least recently used one goes.
+const WAYS: usize = 4;
+/// Packs that are saved for the next writer, newest first to go in: each costs one request when it
+/// is proven present, and so many hold about as many blocks as the table does.
+const SAVED_PACKS_MAX: usize = 64;
+const SAVED_ENTRY_BYTES: usize = 40;
+const OBJECT: &str = "the dedup cache";
+
+#[derive(Clone, Copy)]
+struct Known {
+    id: BlockId,
+    pack: u32,
+    slot: u32,
+}
+
+/// No block has the id of a zero block.
+const NOTHING: Known = Known { id: BlockId::ZERO, pack: 0, slot: 0 };
+
+struct Table {
+    known: Vec<Known>,
+    packs: Vec<PackId>,
+    numbers: HashMap<PackId, u32>,
+}
+
+/// The index; shared by encoders and the sink of one point.
+pub(crate) struct DedupIndex(Mutex<Table>);
+
+impl DedupIndex {
+    pub(crate) fn new() -> Self {
+        let known = vec![NOTHING; KNOWN_MAX];
+        Self(Mutex::new(Table { known, packs: Vec::new(), numbers: HashMap::new() }))
+    }
+
+    pub(crate) fn find(&self, id: &BlockId) -> Option<Location> {
+        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let set = table.set(id);
+        let at = set.iter().position(|known| &known.id == id)?;
+        set[..=at].rotate_right(1);
+        let Known { pack, slot, .. } = set[0];
+        Some(Location { pack: *table.packs.get(pack as usize)?, slot })
+    }
+
+    pub(crate) fn insert(&self, id: &BlockId, location: Location) {
+        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let pack = table.number(location.pack);
+        let set = table.set(id);
+        let at = set.iter().position(|known| &known.id == id).unwrap_or(WAYS - 1);
+        set[..=at].rotate_right(1);
+        set[0] = Known { id: *id, pack, slot: location.slot };
+    }
+
+    /// The newest packs with their blocks, to be saved.
+    pub(crate) fn save(&self) -> Vec<u8> {
+        let table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = table.packs.len().saturating_sub(SAVED_PACKS_MAX);
+        let packs = &table.packs[first..];
+        let mut bytes = Vec::new();
+        // At most 64.
+        bytes.extend_from_slice(&(packs.len() as u32).to_le_bytes());
+        packs.iter().for_each(|pack| bytes.extend_from_slice(&pack.0));
+        for known in &table.known {
+            let saved = known.pack as usize >= first && known.id != BlockId::ZERO;
+            if saved {
+                bytes.extend_from_slice(&known.id.0);
+                bytes.extend_from_slice(&(known.pack - first as u32).to_le_bytes());
+                bytes.extend_from_slice(&known.slot.to_le_bytes());
+            }
+        }
+        bytes
+    }
+
+    /// What was saved, less the packs of which `is_there` says no.
+    pub(crate) fn load(
+        bytes: &[u8],
+        mut is_there: impl FnMut(PackId) -> Result<bool>,
+    ) -> Result<Self> {
+        let (packs, entries) = parse(bytes)
+            .ok_or_else(|| Damage::new(OBJECT, DamageKind::Inconsistent, "it is malformed"))?;
+        let mut present = Vec::with_capacity(packs.len());
+        for pack in packs {
+            let pack = PackId(*pack);
+            present.push(is_there(pack)?.then_some(pack));
+        }
+        let index = Self::new();
+        for entry in entries {
+            let mut id = [0; 32];
+            id.copy_from_slice(&entry[..32]);
+            let pack = u32::from_le_bytes([entry[32], entry[33], entry[34], entry[35]]);
+            let slot = u32::from_le_bytes([entry[36], entry[37], entry[38], entry[39]]);
+            if let Some(Some(pack)) = present.get(pack as usize) {
+                index.insert(&BlockId(id), Location { pack: *pack, slot });
+            }
+        }
+        Ok(index)
+    }
+}
+
+type Saved<'a> = (&'a [[u8; 16]], &'a [[u8; SAVED_ENTRY_BYTES]]);
+
+fn parse(bytes: &[u8]) -> Option<Saved<'_>> {
+    let (count, rest) = bytes.split_first_chunk::<4>()?;
+    let count = u32::from_le_bytes(*count) as usize;
+    if count > SAVED_PACKS_MAX {
+        return None;
+    }
+    let (packs, rest) = rest.split_at_checked(count * 16)?;
+    let (entries, odd) = rest.as_chunks();
+    (odd.is_empty() && entries.len() <= KNOWN_MAX).then_some((packs.as_chunks().0, entries))
+}
+
+impl Table {
+    fn set(&mut self, id: &BlockId) -> &mut [Known] {
+        let hash = u32::from_le_bytes([id.0[0], id.0[1], id.0[2], id.0[3]]) as usize;
+        let first = hash % (KNOWN_MAX / WAYS) * WAYS;
+        &mut self.known[first..first + WAYS]
+    }
+
+    fn number(&mut self, pack: PackId) -> u32 {
+        let packs = &mut self.packs;
+        *self.numbers.entry(pack).or_insert_with(|| {
+            packs.push(pack);
+            // A point writes far fewer packs than 2^32.
+            (packs.len() - 1) as u32
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(n: u32) -> BlockId {
+        BlockId(*blake3::hash(&n.to_le_bytes()).as_bytes())
+    }
+
+    fn at(pack: u8, slot: u32) -> Location {
+        Location { pack: PackId([pack; 16]), slot }
+    }
+
+    #[test]
+    fn finds_what_was_put_in_and_forgets_when_full() {
+        let index = DedupIndex::new();
+        let many = KNOWN_MAX as u32 * 2;
+        for n in 0..many {
+            index.insert(&id(n), at(1, n));
+        }
+        let known = (0..many).filter(|n| index.find(&id(*n)).is_some()).count();
+        assert!(known <= KNOWN_MAX && known > KNOWN_MAX / 2, "{known}");
+        assert!((0..many).all(|n| index.find(&id(n)).is_none_or(|found| found == at(1, n))));
+    }
+
+    #[test]
+    fn saved_packs_that_are_gone_are_forgotten() {
+        let index = DedupIndex::new();
+        for n in 0..100 {
+            index.insert(&id(n), at((n % 2) as u8, n));
+        }
+        let saved = index.save();
+        let loaded = DedupIndex::load(&saved, |pack| Ok(pack == PackId([1; 16]))).unwrap();
+        for n in 0..100 {
+            assert_eq!(loaded.find(&id(n)), (n % 2 == 1).then(|| at(1, n)), "{n}");
+        }
+        for cut in 0..saved.len().min(200) {
+            assert!(
+                DedupIndex::load(&saved[..cut], |_| Ok(true)).is_err() || cut % 40 == 36,
+                "{cut}"
+            );
+        }
+    }
+
+    #[test]
+    fn only_the_newest_packs_are_saved() {
+        let index = DedupIndex::new();
+        for n in 0..200 {
+            index.insert(&id(n), at(n as u8, n));
+        }
+        let mut proven = 0;
+        let loaded = DedupIndex::load(&index.save(), |_| {
+            proven += 1;
+            Ok(true)
+        });
+        assert_eq!(proven, SAVED_PACKS_MAX);
+        assert_eq!(loaded.unwrap().find(&id(199)), Some(at(199, 199)));
+    }
+}

@@ -1,0 +1,59 @@
+//! The part of writing that costs CPU: one encoder per worker thread, no IO.
+
+use std::sync::Arc;
+
+use crate::block::{BlockHasher, Packer, is_zero};
+use crate::error::Result;
+use crate::point::{Encoded, ParentBlock};
+use crate::session::Session;
+
+/// Makes encoders for the workers of one disk.
+#[derive(Clone)]
+pub struct Encoders {
+    session: Arc<Session>,
+}
+
+impl Encoders {
+    pub(crate) fn new(session: Arc<Session>) -> Self {
+        Self { session }
+    }
+
+    /// An encoder for one thread.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    pub fn encoder(&self) -> Result<BlockEncoder> {
+        let packer = Packer::new(self.session.compression())?;
+        Ok(BlockEncoder {
+            session: Arc::clone(&self.session),
+            packer,
+            hasher: BlockHasher::default(),
+        })
+    }
+}
+
+/// Turns blocks of the guest's disk into what is pushed; owns its zstd context.
+pub struct BlockEncoder {
+    session: Arc<Session>,
+    packer: Packer,
+    hasher: BlockHasher,
+}
+
+impl BlockEncoder {
+    /// Zero test, id, comparison with the parent, dedup lookup and compression of one block, which
+    /// is given whole (the disk's last one may be short). No IO.
+    pub fn encode(&mut self, data: &[u8], parent: ParentBlock) -> Encoded {
+        if is_zero(data) {
+            let same = parent == ParentBlock::Zero;
+            return if same { Encoded::Same } else { Encoded::Zero };
+        }
+        let id = self.hasher.data_id(data);
+        if parent == ParentBlock::Data(id) {
+            return Encoded::Same;
+        }
+        match self.session.dedup.find(&id) {
+            Some(location) => Encoded::Known { id, location },
+            None => Encoded::New { id, frame: self.packer.pack(data) },
+        }
+    }
+}

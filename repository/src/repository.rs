@@ -1,0 +1,349 @@
+//! A repository as its users hold it.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::block::{BlockHasher, Compression};
+use crate::cache::Cache;
+use crate::catalog::Catalog;
+use crate::config::{CONFIG_BYTES_MAX, Config};
+use crate::decoder::TocCache;
+use crate::error::{Error, Result};
+use crate::geometry::BlockSize;
+use crate::ids::{ChainId, DiskId, PointId, RepositoryId, VmName};
+use crate::manifest::{self, MANIFEST_BYTES_MAX};
+use crate::names;
+use crate::point::Point;
+use crate::reader::DiskReader;
+use crate::resolve;
+use crate::store::{Access, DirectoryStore, Store};
+use crate::writers::Coordination;
+
+/// Parameters that are fixed when a repository is made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InitOptions {
+    /// Size of a block; 64 KiB unless told otherwise.
+    pub block_size: BlockSize,
+    /// Compression of blocks; zstd level 1 unless told otherwise.
+    pub compression: Compression,
+}
+
+/// How to open a repository.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// Where caches may be kept; without it nothing is remembered between processes.
+    pub cache_dir: Option<PathBuf>,
+    /// Refuse everything that writes.
+    pub read_only: bool,
+}
+
+/// Figures of a repository.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RepositoryInfo {
+    /// Its id.
+    pub id: RepositoryId,
+    /// Version of its format.
+    pub version: u32,
+    /// Size of its blocks.
+    pub block_size: BlockSize,
+    /// Whether blocks are sealed.
+    pub encrypted: bool,
+    /// How new blocks are compressed.
+    pub compression: Compression,
+    /// Points that readers see.
+    pub points: u64,
+    /// Chains that they belong to.
+    pub chains: u64,
+    /// Sum of the sizes of all disks of all points.
+    pub logical_bytes: u64,
+    /// Bytes of all objects.
+    pub stored_bytes: u64,
+    /// Packs.
+    pub packs: u64,
+}
+
+/// An open repository; clones share everything.
+#[derive(Clone)]
+pub struct Repository {
+    pub(crate) inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) config: Config,
+    pub(crate) coordination: Coordination,
+    pub(crate) cache: Option<Cache>,
+    pub(crate) read_only: bool,
+    pub(crate) catalog: Catalog,
+    pub(crate) tocs: TocCache,
+}
+
+impl std::fmt::Debug for Repository {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Repository({} in {})", self.inner.config.id, self.location())
+    }
+}
+
+impl Repository {
+    /// Makes a repository in a directory that is empty or does not exist yet.
+    ///
+    /// # Errors
+    /// `InitRefused` when something is there already, else the store's.
+    pub fn init(path: impl AsRef<Path>, options: InitOptions) -> Result<Self> {
+        let path = path.as_ref();
+        refuse_occupied(path)?;
+        let store = Arc::new(DirectoryStore::create(path)?);
+        Self::init_on(store, options, jiff::Timestamp::now())
+    }
+
+    /// Makes a repository in any empty store.
+    ///
+    /// # Errors
+    /// As [`init`](Self::init).
+    pub fn init_on(
+        store: Arc<dyn Store>,
+        options: InitOptions,
+        now: jiff::Timestamp,
+    ) -> Result<Self> {
+        if !store.list("")?.is_empty() {
+            return Err(Error::InitRefused {
+                location: store.location().to_owned(),
+                why: "there are objects in it already".to_owned(),
+            });
+        }
+        let id = RepositoryId::from_random(u128::from_le_bytes(random()?));
+        let config = Config::new(id, now, options.block_size, options.compression);
+        store.put(&names::config()?, &config.encode()?)?;
+        let repository = Self::with_config(store, config, &OpenOptions::default());
+        repository.inner.coordination.refill_reserve()?;
+        Ok(repository)
+    }
+
+    /// Opens the repository in a directory.
+    ///
+    /// # Errors
+    /// `NotARepository` when there is none, `Unsupported` when a newer program made it.
+    pub fn open(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
+        let path = path.as_ref();
+        let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
+        match DirectoryStore::open(path, access) {
+            Ok(store) => Self::open_on(Arc::new(store), options),
+            Err(error) if error.is_not_found() => Err(Error::NotARepository {
+                location: path.display().to_string(),
+                why: "there is no such directory".to_owned(),
+            }),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Opens the repository in any store.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_on(store: Arc<dyn Store>, options: OpenOptions) -> Result<Self> {
+        let bytes = match store.read(&names::config()?, CONFIG_BYTES_MAX) {
+            Err(error) if error.is_not_found() => {
+                return Err(Error::NotARepository {
+                    location: store.location().to_owned(),
+                    why: "it has no object called config".to_owned(),
+                });
+            }
+            other => other?,
+        };
+        let config = Config::decode(&bytes)?;
+        Ok(Self::with_config(store, config, &options))
+    }
+
+    fn with_config(store: Arc<dyn Store>, config: Config, options: &OpenOptions) -> Self {
+        let coordination = Coordination::new(Arc::clone(&store), config.id.clone());
+        let cache = options.cache_dir.clone().map(|root| Cache::new(root, &config.id));
+        let inner = Inner {
+            store,
+            config,
+            coordination,
+            cache,
+            read_only: options.read_only,
+            catalog: Catalog::default(),
+            tocs: TocCache::default(),
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// The repository's id.
+    #[must_use]
+    pub fn id(&self) -> &RepositoryId {
+        &self.inner.config.id
+    }
+
+    /// Where it is, for messages.
+    #[must_use]
+    pub fn location(&self) -> &str {
+        self.inner.store.location()
+    }
+
+    /// The size of its blocks.
+    #[must_use]
+    pub fn block_size(&self) -> BlockSize {
+        self.inner.config.block_size
+    }
+
+    /// Computes block ids as this repository does.
+    #[must_use]
+    pub fn hasher(&self) -> BlockHasher {
+        BlockHasher::default()
+    }
+
+    /// Figures; lists all objects.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn info(&self) -> Result<RepositoryInfo> {
+        let points = self.points()?;
+        let objects = self.inner.store.list("")?;
+        let packs = objects.iter().filter(|entry| entry.name.as_str().starts_with(names::PACKS));
+        let chains: BTreeSet<_> = points.iter().map(|point| &point.chain).collect();
+        let config = &self.inner.config;
+        Ok(RepositoryInfo {
+            id: config.id.clone(),
+            version: config.version,
+            block_size: config.block_size,
+            encrypted: false,
+            compression: config.compression,
+            points: points.len() as u64,
+            chains: chains.len() as u64,
+            logical_bytes: points.iter().map(Point::size_bytes).fold(0, u64::saturating_add),
+            stored_bytes: objects.iter().map(|entry| entry.bytes).sum(),
+            packs: packs.count() as u64,
+        })
+    }
+
+    /// All points in the order of their ids. A manifest that cannot be read is left out with a
+    /// warning; `check` names it.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn points(&self) -> Result<Vec<Point>> {
+        let listed = self.inner.store.list(names::POINTS)?;
+        let ids: BTreeSet<PointId> =
+            listed.iter().filter_map(|entry| entry.name.last_part().parse().ok()).collect();
+        // After the listing, never before: what this shows was shown to a revoking gc too.
+        let standing = self.inner.coordination.standing()?;
+        let mut points = self.inner.catalog.points(&self.inner, &ids)?;
+        points.retain(|point| standing.sees(&point.id, &point.writer_id));
+        Ok(points)
+    }
+
+    /// One point, read from its manifest.
+    ///
+    /// # Errors
+    /// `NotFound` also when it was deleted; `Damaged` when its manifest is.
+    pub fn point(&self, id: &PointId) -> Result<Point> {
+        let absent = || Error::NotFound { what: format!("point {id}") };
+        let bytes = match self.inner.manifest_bytes(id) {
+            Err(Error::Store(error)) if error.is_not_found() => return Err(absent()),
+            other => other?,
+        };
+        let point = self.inner.decode_manifest(id, &bytes)?.0;
+        let standing = self.inner.coordination.standing()?;
+        if standing.sees(id, &point.writer_id) { Ok(point) } else { Err(absent()) }
+    }
+
+    /// One binary part of a point's capsule.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such part, `Damaged` when it is not what it was.
+    pub fn capsule_part(&self, point: &Point, name: &str) -> Result<Vec<u8>> {
+        let bytes = self.inner.manifest_bytes(&point.id)?;
+        let (point, parts) = self.inner.decode_manifest(&point.id, &bytes)?;
+        manifest::part(&point, parts, name)
+    }
+
+    /// The point meant by `latest`, `latest~N`, a full id or a unique prefix, among those of `vm`
+    /// or of all.
+    ///
+    /// # Errors
+    /// `NotFound` or `Ambiguous`.
+    pub fn resolve(&self, spec: &str, vm: Option<&VmName>) -> Result<PointId> {
+        let points = self.points()?;
+        let of_vm = |point: &&Point| vm.is_none_or(|vm| vm == &point.vm);
+        let ids: Vec<&PointId> = points.iter().filter(of_vm).map(|point| &point.id).collect();
+        resolve::point(spec, &ids)
+    }
+
+    /// The newest point of a VM (and chain) that holds a disk: the parent of its next delta.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn newest_with_disk(
+        &self,
+        vm: &VmName,
+        chain: Option<&ChainId>,
+        disk: &DiskId,
+    ) -> Result<Option<Point>> {
+        let fits = |point: &Point| {
+            let chain_fits = chain.is_none_or(|chain| chain == &point.chain);
+            &point.vm == vm && chain_fits && point.disk(disk).is_some()
+        };
+        Ok(self.points()?.into_iter().rfind(fits))
+    }
+
+    /// Reads one disk of a point.
+    ///
+    /// # Errors
+    /// `NotFound` when the point lacks the disk, `Damaged` when its map cannot be opened.
+    pub fn disk_reader(&self, point: &Point, disk: &DiskId) -> Result<DiskReader> {
+        let Some(held) = point.disk(disk) else {
+            return Err(Error::NotFound { what: format!("disk {disk} in point {}", point.id) });
+        };
+        DiskReader::open(Arc::clone(&self.inner), held)
+    }
+}
+
+impl Inner {
+    pub(crate) fn manifest_bytes(&self, id: &PointId) -> Result<Vec<u8>> {
+        Ok(self.store.read(&names::manifest(id)?, MANIFEST_BYTES_MAX)?)
+    }
+
+    pub(crate) fn decode_manifest<'a>(
+        &self,
+        id: &PointId,
+        bytes: &'a [u8],
+    ) -> Result<(Point, &'a [u8])> {
+        manifest::decode(&self.config.id, self.config.block_size, id, bytes)
+    }
+
+    pub(crate) fn refuse_read_only(&self, action: &'static str) -> Result<()> {
+        if self.read_only {
+            let location = self.store.location().to_owned();
+            return Err(Error::ReadOnly { action, location });
+        }
+        Ok(())
+    }
+}
+
+/// Random bytes of the operating system.
+pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).map_err(|error| Error::Refused {
+        what: format!("the system gives no random numbers: {error}"),
+        advice: "wait until its random source is ready",
+    })?;
+    Ok(bytes)
+}
+
+/// A directory may be used when it is missing or empty (a fresh file system has its lost+found).
+fn refuse_occupied(path: &Path) -> Result<()> {
+    let Ok(entries) = std::fs::read_dir(path) else {
+        // Missing, or no directory: the store says which.
+        return Ok(());
+    };
+    let stranger = entries.flatten().find(|entry| entry.file_name() != "lost+found");
+    match stranger {
+        None => Ok(()),
+        Some(entry) => Err(Error::InitRefused {
+            location: path.display().to_string(),
+            why: format!("it holds {:?}", entry.file_name()),
+        }),
+    }
+}

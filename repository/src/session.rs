@@ -1,0 +1,193 @@
+//! What the hands of one point writer share: the open pack, the dedup index, the first failure.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::block::Compression;
+use crate::dedup::DedupIndex;
+use crate::error::{Error, Result};
+use crate::geometry::BlockSize;
+use crate::ids::{BlockId, DiskId, PackId, PointId, RunId};
+use crate::map::{DeltaWriter, RunReader, RunWriter};
+use crate::pack::PackWriter;
+use crate::point::{DiskSummary, Frame, Location};
+use crate::repository::{Inner, random};
+use crate::sink::Parent;
+
+/// Where a new block went.
+pub(crate) struct Placed {
+    pub(crate) location: Location,
+    /// False when another disk or worker had stored it meanwhile.
+    pub(crate) stored: bool,
+    /// Number of the pack it lies in, if that is not durable yet.
+    pub(crate) open_pack: Option<u64>,
+}
+
+/// A disk that waits for the commit.
+pub(crate) struct FinishedDisk {
+    pub(crate) disk: DiskId,
+    pub(crate) size_bytes: u64,
+    pub(crate) parent_id: Option<PointId>,
+    pub(crate) parent: Option<Parent>,
+    pub(crate) run: RunWriter,
+    pub(crate) summary: DiskSummary,
+}
+
+/// Packs that were written and the one that is open.
+#[derive(Default)]
+pub(crate) struct Packs {
+    open: Option<PackWriter>,
+    /// Packs that are durable; also the number of the open one.
+    pub(crate) durable: u64,
+    pub(crate) bytes: u64,
+}
+
+#[derive(Default)]
+struct Disks {
+    started: BTreeSet<DiskId>,
+    order: Vec<DiskId>,
+    finished: Vec<FinishedDisk>,
+}
+
+/// Shared by the hands of one point writer.
+pub(crate) struct Session {
+    pub(crate) inner: Arc<Inner>,
+    pub(crate) point: PointId,
+    pub(crate) dedup: DedupIndex,
+    packs: Mutex<Packs>,
+    disks: Mutex<Disks>,
+    failure: Mutex<Option<String>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Session {
+    pub(crate) fn new(inner: Arc<Inner>, point: PointId, dedup: DedupIndex) -> Self {
+        let (packs, disks, failure) = Default::default();
+        Self { inner, point, dedup, packs, disks, failure }
+    }
+
+    pub(crate) fn compression(&self) -> Compression {
+        self.inner.config.compression
+    }
+
+    pub(crate) fn block_size(&self) -> BlockSize {
+        self.inner.config.block_size
+    }
+
+    pub(crate) fn run_writer(&self) -> Result<RunWriter> {
+        let store = Arc::clone(&self.inner.store);
+        Ok(RunWriter::new(store, &self.inner.config.id, RunId(random()?)))
+    }
+
+    pub(crate) fn delta(&self, parent: Option<&[Arc<RunReader>]>) -> Result<DeltaWriter> {
+        Ok(DeltaWriter::new(parent, self.run_writer()?))
+    }
+
+    /// Runs something whose failure makes the whole point worthless.
+    pub(crate) fn guard<T>(&self, operation: impl FnOnce() -> Result<T>) -> Result<T> {
+        operation().inspect_err(|error| {
+            lock(&self.failure).get_or_insert_with(|| error.to_string());
+        })
+    }
+
+    /// Fails when anything before has failed: what was written then cannot be trusted.
+    pub(crate) fn check_sound(&self) -> Result<()> {
+        match &*lock(&self.failure) {
+            None => Ok(()),
+            Some(why) => Err(Error::Poisoned { point: self.point.clone(), why: why.clone() }),
+        }
+    }
+
+    /// Stores a new block, unless somebody did meanwhile.
+    pub(crate) fn place(&self, id: &BlockId, frame: &Frame) -> Result<Placed> {
+        self.guard(|| {
+            let mut packs = lock(&self.packs);
+            if let Some(location) = self.dedup.find(id) {
+                let open_pack = packs.number_if_open(location.pack);
+                return Ok(Placed { location, stored: false, open_pack });
+            }
+            let number = packs.durable;
+            let location = packs.push(&self.inner, id, frame)?;
+            self.dedup.insert(id, location);
+            let open_pack = (packs.durable == number).then_some(number);
+            Ok(Placed { location, stored: true, open_pack })
+        })
+    }
+
+    /// The number of this pack if it is the open one.
+    pub(crate) fn open_pack(&self, pack: PackId) -> Option<u64> {
+        lock(&self.packs).number_if_open(pack)
+    }
+
+    pub(crate) fn is_durable(&self, pack: u64) -> bool {
+        lock(&self.packs).durable > pack
+    }
+
+    /// Closes the open pack; returns packs and bytes written so far.
+    pub(crate) fn close_packs(&self) -> Result<(u64, u64)> {
+        self.guard(|| {
+            let mut packs = lock(&self.packs);
+            packs.close()?;
+            Ok((packs.durable, packs.bytes))
+        })
+    }
+
+    /// Notes that a disk is begun; false when it was before.
+    pub(crate) fn start(&self, disk: &DiskId) -> bool {
+        let mut disks = lock(&self.disks);
+        let new = disks.started.insert(disk.clone());
+        if new {
+            disks.order.push(disk.clone());
+        }
+        new
+    }
+
+    pub(crate) fn finished(&self, disk: FinishedDisk) {
+        lock(&self.disks).finished.push(disk);
+    }
+
+    /// All finished disks in the order in which they were started, or the first unfinished one.
+    pub(crate) fn take_finished(&self) -> Result<Vec<FinishedDisk>, DiskId> {
+        let mut disks = lock(&self.disks);
+        let mut finished = std::mem::take(&mut disks.finished);
+        let place = |disk: &DiskId| disks.order.iter().position(|started| started == disk);
+        finished.sort_by_key(|disk| place(&disk.disk));
+        let open = disks.order.iter().find(|id| !finished.iter().any(|disk| &disk.disk == *id));
+        match open {
+            Some(open) => Err(open.clone()),
+            None => Ok(finished),
+        }
+    }
+}
+
+impl Packs {
+    fn number_if_open(&self, pack: PackId) -> Option<u64> {
+        self.open.as_ref().filter(|open| open.id() == pack).map(|_| self.durable)
+    }
+
+    fn push(&mut self, inner: &Inner, id: &BlockId, frame: &Frame) -> Result<Location> {
+        let open = match &mut self.open {
+            Some(open) => open,
+            None => {
+                let id = PackId(random()?);
+                self.open.insert(PackWriter::create(&*inner.store, &inner.config.id, id)?)
+            }
+        };
+        let location = Location { pack: open.id(), slot: open.push(id, frame)? };
+        if open.is_full() {
+            self.close()?;
+        }
+        Ok(location)
+    }
+
+    fn close(&mut self) -> Result<()> {
+        if let Some(open) = self.open.take() {
+            self.bytes += open.finish()?;
+            self.durable += 1;
+        }
+        Ok(())
+    }
+}
