@@ -194,10 +194,12 @@ async fn images_throttled_layered_and_of_old_formats_are_understood() {
 async fn what_is_no_disk_is_left_out_and_what_cannot_be_seen_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let mut daemon = daemon_command();
-    let exported = "type=vhost-user-blk,id=e,node-name=n,writable=on,addr.type=unix,addr.path=vub";
+    let exported =
+        "type=vhost-user-blk,id=e,node-name=n,writable=on,addr.type=unix,addr.path=../vub";
     daemon.args(["--blockdev", "driver=null-co,node-name=n,size=8388608", "--export", exported]);
-    let _daemon = Process::start(daemon, folder.path()).unwrap();
-    std::fs::rename(folder.path().join("qmp.sock"), folder.path().join("daemon.sock")).unwrap();
+    let side = folder.path().join("side");
+    std::fs::create_dir(&side).unwrap();
+    let _daemon = Process::start(daemon, &side).unwrap();
     std::fs::write(folder.path().join("flash.raw"), vec![0; 65536]).unwrap();
     let machine = machine_in(
         folder,

@@ -35,12 +35,12 @@ impl Process {
 
     fn wait_for_socket(&mut self) -> io::Result<()> {
         let until = Instant::now() + START_MAX;
-        while !self.monitor.exists() {
+        while !is_listening(&self.monitor)? {
             if let Some(status) = self.child.try_wait()? {
                 return Err(io::Error::other(format!("it ended at once: {status}")));
             }
             if Instant::now() > until {
-                return Err(io::Error::other("its monitor's socket did not appear"));
+                return Err(io::Error::other("its monitor did not listen"));
             }
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -79,6 +79,17 @@ impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.kill();
     }
+}
+
+/// Between bind and listen a socket is there and refuses. Trying it would take the one place that
+/// a monitor has, so the kernel's table is asked (proc(5), `/proc/net/unix`, flag `SO_ACCEPTCON`).
+fn is_listening(path: &Path) -> io::Result<bool> {
+    let path = path.to_string_lossy();
+    let sockets = std::fs::read_to_string("/proc/net/unix")?;
+    Ok(sockets.lines().any(|line| {
+        let mut columns = line.split_whitespace();
+        columns.nth(3) == Some("00010000") && columns.next_back() == Some(&path)
+    }))
 }
 
 /// The system emulator under test: `ICECORE_TEST_QEMU`, else the installed one.
