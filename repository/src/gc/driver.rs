@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use super::plan::{Condemned, DataObject, FirstLook};
 use super::{GcOptions, GcReport};
 use crate::error::{Error, Result};
-use crate::ids::{PackId, PointId, RunId, WriterId};
+use crate::ids::{PackId, PointId, WriterId};
 use crate::names;
+use crate::point::RunRef;
 use crate::store::{ObjectName, Store};
 use crate::writers::{Coordination, Life, PointStanding, Standing, Watch, accept_existing};
 
@@ -18,14 +19,14 @@ const WATCH_PERIOD: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone)]
 pub(crate) struct ManifestFacts {
     pub(crate) writer: WriterId,
-    pub(crate) runs: Vec<RunId>,
+    pub(crate) runs: Vec<RunRef>,
 }
 
 /// Reading the objects that gc follows. What is not there is an error; what is damaged too: gc
 /// deletes nothing as long as it cannot tell what is reachable.
 pub(crate) trait Contents {
     fn manifest(&self, point: &PointId) -> Result<ManifestFacts>;
-    fn packs(&self, run: RunId) -> Result<Vec<PackId>>;
+    fn packs(&self, run: &RunRef) -> Result<Vec<PackId>>;
     /// Writes the receipt of a committed point whose writer died before it did; one that is there
     /// already is as good.
     fn complete_receipt(&self, point: &PointId) -> Result<()>;
@@ -174,12 +175,12 @@ impl Collector<'_> {
 
     fn follow(&self, point: &PointId, reached: &mut BTreeSet<DataObject>) -> Result<()> {
         for run in self.contents.manifest(point)?.runs {
-            if reached.contains(&DataObject::Run(run)) {
+            if reached.contains(&DataObject::Run(run.run)) {
                 continue;
             }
-            reached.extend(self.contents.packs(run)?.into_iter().map(DataObject::Pack));
+            reached.extend(self.contents.packs(&run)?.into_iter().map(DataObject::Pack));
             // Last, so that a run whose packs could not be read does not count as followed.
-            reached.insert(DataObject::Run(run));
+            reached.insert(DataObject::Run(run.run));
         }
         Ok(())
     }

@@ -10,8 +10,17 @@ mod simulator;
 
 use std::time::Duration;
 
-pub(crate) use driver::{Collector, Contents, ManifestFacts};
 pub use driver::{Pace, RealPace};
+
+use driver::{Collector, Contents, ManifestFacts};
+
+use crate::error::Result;
+use crate::ids::{PackId, PointId};
+use crate::manifest::Receipt;
+use crate::map::RunReader;
+use crate::names;
+use crate::point::RunRef;
+use crate::repository::{Inner, Repository};
 
 /// A heartbeat comes every ten seconds; six missed ones are no hiccup of the store.
 pub const PATIENCE_DEFAULT: Duration = Duration::from_secs(60);
@@ -52,4 +61,49 @@ pub struct GcReport {
     pub receipts_completed: u64,
     /// Unfinished objects removed.
     pub leftovers_removed: u64,
+}
+
+impl Repository {
+    /// Deletes what no point reaches, beside writers at work.
+    ///
+    /// # Errors
+    /// `Damaged` when a manifest or map of a point cannot be read: then nothing is deleted, since
+    /// nobody can tell what it reaches. `Refused` when writers are still at work after the longest
+    /// wait; `ReadOnly`; the store's.
+    pub fn gc(&self, options: &GcOptions) -> Result<GcReport> {
+        self.gc_at_pace(options, &mut RealPace::start())
+    }
+
+    /// As [`gc`](Self::gc), with time handed in.
+    ///
+    /// # Errors
+    /// As [`gc`](Self::gc).
+    pub fn gc_at_pace(&self, options: &GcOptions, pace: &mut dyn Pace) -> Result<GcReport> {
+        if !options.dry_run {
+            self.inner.refuse_read_only("collect garbage")?;
+        }
+        let inner = &*self.inner;
+        let (store, coordination) = (&*inner.store, &inner.coordination);
+        Collector { store, coordination, contents: inner, pace, options }.run()
+    }
+}
+
+impl Contents for Inner {
+    fn manifest(&self, point: &PointId) -> Result<ManifestFacts> {
+        let bytes = self.manifest_bytes(point)?;
+        let (point, _) = self.decode_manifest(point, &bytes)?;
+        let runs = point.disks.into_iter().flat_map(|disk| disk.runs).collect();
+        Ok(ManifestFacts { writer: point.writer_id, runs })
+    }
+
+    fn packs(&self, run: &RunRef) -> Result<Vec<PackId>> {
+        RunReader::open(&self.store, &self.config.id, run)?.packs()
+    }
+
+    fn complete_receipt(&self, point: &PointId) -> Result<()> {
+        let bytes = self.manifest_bytes(point)?;
+        let (decoded, _) = self.decode_manifest(point, &bytes)?;
+        let receipt = Receipt::of(&decoded, &bytes).encode(&self.config.id)?;
+        Ok(self.store.put(&names::receipt(point)?, &receipt)?)
+    }
 }

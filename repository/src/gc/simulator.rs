@@ -12,8 +12,9 @@ use super::driver::{Collector, Contents, ManifestFacts, Pace};
 use super::plan::DataObject;
 use super::{GcOptions, GcReport};
 use crate::error::{Error, Result};
-use crate::ids::{PackId, PointId, RepositoryId, RunId, WriterId};
+use crate::ids::{Checksum, PackId, PointId, RepositoryId, RunId, WriterId};
 use crate::names;
+use crate::point::RunRef;
 use crate::store::{
     Access, DirectoryStore, ObjectEntry, ObjectName, ObjectWriter, SimFileSystem, Store, StoreError,
 };
@@ -249,6 +250,10 @@ impl Host {
         Ok(())
     }
 
+    fn packs_of(&self, run: RunId) -> Result<Vec<PackId>> {
+        self.json(&names::run(run)?)
+    }
+
     fn pick<K: Ord, V>(&mut self, map: BTreeMap<K, V>) -> Option<(K, V)> {
         let chosen = self.random.below(map.len());
         map.into_iter().nth(chosen)
@@ -258,11 +263,13 @@ impl Host {
 impl Contents for Host {
     fn manifest(&self, point: &PointId) -> Result<ManifestFacts> {
         let manifest: Manifest = self.json(&names::manifest(point)?)?;
-        Ok(ManifestFacts { writer: manifest.writer, runs: manifest.runs })
+        let refer = |run| RunRef { run, bytes: 0, entries: 0, trailer: Checksum([0; 32]) };
+        let runs = manifest.runs.into_iter().map(refer).collect();
+        Ok(ManifestFacts { writer: manifest.writer, runs })
     }
 
-    fn packs(&self, run: RunId) -> Result<Vec<PackId>> {
-        self.json(&names::run(run)?)
+    fn packs(&self, run: &RunRef) -> Result<Vec<PackId>> {
+        self.packs_of(run.run)
     }
 
     fn complete_receipt(&self, point: &PointId) -> Result<()> {
@@ -298,7 +305,7 @@ fn write_point(host: &mut Host, cache: &mut Cache) -> Result<Option<PointId>> {
     let mut runs = Vec::new();
     if let Some((_, parent)) = host.pick(visible) {
         for &run in &parent.runs {
-            cache.packs.extend(host.packs(run)?);
+            cache.packs.extend(host.packs_of(run)?);
         }
         runs.extend(parent.runs.into_iter().take(2));
     }
@@ -475,8 +482,8 @@ fn assert_quiescent(host: &Host, outcomes: &Outcomes) {
     for point in host.visible().unwrap().keys() {
         assert!(host.store.exists(&names::receipt(point).unwrap()).unwrap(), "{point}");
         for run in host.manifest(point).unwrap().runs {
-            expected.insert(DataObject::Run(run));
-            expected.extend(host.packs(run).unwrap().into_iter().map(DataObject::Pack));
+            expected.insert(DataObject::Run(run.run));
+            expected.extend(host.packs(&run).unwrap().into_iter().map(DataObject::Pack));
         }
     }
     let all = host.store.list("").unwrap();

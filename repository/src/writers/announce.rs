@@ -16,7 +16,7 @@ use crate::store::ObjectName;
 /// How often a writer raises its counter. A beat costs a few fsyncs; gc waits for several of them.
 pub const HEARTBEAT_PERIOD: Duration = Duration::from_secs(10);
 
-const KIND: Kind = Kind::new(b"WRTR");
+pub(super) const KIND: Kind = Kind::new(b"WRTR");
 
 /// The number of gc runs that have condemned something. What was learned in another generation
 /// about where blocks lie (a dedup cache) is worth nothing.

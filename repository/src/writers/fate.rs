@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::ids::PointId;
 use crate::store::ObjectName;
 
-const KIND: Kind = Kind::new(b"FATE");
+pub(super) const KIND: Kind = Kind::new(b"FATE");
 
 /// What was last decided about a point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -21,6 +21,7 @@ mod revoke;
 mod standing;
 mod watch;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -34,7 +35,7 @@ pub use watch::{Watch, Watched};
 
 use crate::envelope::{self, Kind};
 use crate::error::{Damage, DamageKind, Result};
-use crate::ids::{RepositoryId, WriterId};
+use crate::ids::{PointId, RepositoryId, WriterId};
 use crate::store::{ObjectName, Store};
 
 /// Everything of this module; not under an object lock.
@@ -84,6 +85,27 @@ impl Coordination {
     fn last_parts(&self, prefix: &str) -> Result<Vec<String>> {
         let entries = self.store.list(prefix)?;
         Ok(entries.iter().map(|entry| entry.name.last_part().to_owned()).collect())
+    }
+
+    /// Verifies one object of [`COORDINATION`]; those without content are what their names say.
+    pub(crate) fn verify(&self, name: &ObjectName) -> Result<()> {
+        let is_in = |prefix| name.as_str().starts_with(prefix);
+        if is_in(FATES) {
+            self.get::<fate::Fate>(name, fate::KIND).map(drop)
+        } else if is_in(WRITERS) {
+            self.get::<WriterRecord>(name, announce::KIND).map(drop)
+        } else if is_in(REVOKED) && name.as_str().ends_with(".verdict") {
+            self.get::<BTreeSet<PointId>>(name, revoke::VERDICT).map(drop)
+        } else if is_in(REVOKED) {
+            self.get::<WriterId>(name, revoke::FENCE).map(drop)
+        } else if is_in(RESERVE) {
+            self.verify_reserve(name)
+        } else if is_in(BEATS) || is_in(GENERATIONS) {
+            Ok(())
+        } else {
+            let detail = "no object of a repository has this name";
+            Err(Damage::new(name, DamageKind::Foreign, detail).into())
+        }
     }
 
     /// Makes durable what others may have left visible only: conclusions will be drawn from it.

@@ -7,8 +7,8 @@ use crate::envelope::Kind;
 use crate::error::{Error, Result};
 use crate::ids::{PointId, WriterId};
 
-const FENCE: Kind = Kind::new(b"FNCE");
-const VERDICT: Kind = Kind::new(b"VRDT");
+pub(super) const FENCE: Kind = Kind::new(b"FNCE");
+pub(super) const VERDICT: Kind = Kind::new(b"VRDT");
 
 impl Coordination {
     /// The first half of a revocation: from now on the writer reports failure. Idempotent.

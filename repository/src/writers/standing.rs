@@ -67,6 +67,11 @@ impl Standing {
         self.protected.contains(point)
     }
 
+    /// All protected points.
+    pub(crate) fn protected(&self) -> &BTreeSet<PointId> {
+        &self.protected
+    }
+
     /// Whether gc gave this writer up.
     #[must_use]
     pub fn is_revoked(&self, writer: &WriterId) -> bool {

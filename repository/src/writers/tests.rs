@@ -1,12 +1,10 @@
 //! Announcing, revoking, deleting and protecting on the simulated file system.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::fate::Wish;
 use super::*;
 use crate::error::Error;
-use crate::ids::PointId;
 use crate::store::{Access, CallFault, CrashMode, DirectoryStore, SimFileSystem};
 
 fn coordination(fs: &SimFileSystem) -> Coordination {
