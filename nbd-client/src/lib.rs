@@ -23,6 +23,8 @@ pub mod extents;
 pub mod handshake;
 pub mod proto;
 pub mod server;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod transmission;
 pub mod uri;
 

@@ -6,9 +6,9 @@
 
 mod connection;
 mod export;
-mod negotiation;
-mod replies;
-mod requests;
+pub(crate) mod negotiation;
+pub(crate) mod replies;
+pub(crate) mod requests;
 mod transmission;
 
 use std::io;

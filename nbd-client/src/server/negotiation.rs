@@ -9,21 +9,21 @@ use crate::proto::{
 };
 
 /// Most bytes of one option. A name and some queries fit well.
-pub(super) const OPTION_BYTES_MAX: u32 = 64 << 10;
+pub(crate) const OPTION_BYTES_MAX: u32 = 64 << 10;
 /// Most options of one client; an endless haggler is thrown out by it.
-pub(super) const OPTIONS_MAX: usize = 256;
+pub(crate) const OPTIONS_MAX: usize = 256;
 
 /// An export as it is offered.
 #[derive(Clone, Debug)]
-pub(super) struct Offer {
-    pub(super) name: String,
-    pub(super) features: Features,
-    pub(super) contexts: Vec<String>,
+pub(crate) struct Offer {
+    pub(crate) name: String,
+    pub(crate) features: Features,
+    pub(crate) contexts: Vec<String>,
 }
 
 /// What happens after an option.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Reaction {
+pub(crate) enum Reaction {
     /// The next option.
     Continue,
     /// The end, after sending the replies.
@@ -39,7 +39,7 @@ pub(super) enum Reaction {
 
 /// The haggling of one client.
 #[derive(Debug)]
-pub(super) struct Negotiation {
+pub(crate) struct Negotiation {
     offers: Vec<Offer>,
     dialect_max: Dialect,
     dialect: Dialect,
@@ -51,7 +51,7 @@ pub(super) struct Negotiation {
 }
 
 impl Negotiation {
-    pub(super) fn new(offers: Vec<Offer>, dialect_max: Dialect, no_zeroes: bool) -> Negotiation {
+    pub(crate) fn new(offers: Vec<Offer>, dialect_max: Dialect, no_zeroes: bool) -> Negotiation {
         Negotiation {
             offers,
             dialect_max,
@@ -63,17 +63,17 @@ impl Negotiation {
         }
     }
 
-    pub(super) fn dialect(&self) -> Dialect {
+    pub(crate) fn dialect(&self) -> Dialect {
         self.dialect
     }
 
     /// Takes the replies to send.
-    pub(super) fn take_replies(&mut self) -> Vec<u8> {
+    pub(crate) fn take_replies(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.tx)
     }
 
     /// One option of the client.
-    pub(super) fn option(&mut self, code: u32, data: &[u8]) -> Result<Reaction, ProtocolError> {
+    pub(crate) fn option(&mut self, code: u32, data: &[u8]) -> Result<Reaction, ProtocolError> {
         self.options += 1;
         if self.options > OPTIONS_MAX {
             return Err(ProtocolError::Option { option: code, what: "too many options" });
@@ -227,7 +227,7 @@ impl Negotiation {
         self.reply(code, reply::ACK, &[]);
     }
 
-    pub(super) fn refuse(&mut self, option: u32, code: u32, why: &str) {
+    pub(crate) fn refuse(&mut self, option: u32, code: u32, why: &str) {
         self.reply(option, code, why.as_bytes());
     }
 
@@ -237,7 +237,7 @@ impl Negotiation {
 }
 
 /// Writes one option reply.
-pub(crate) fn put_reply(out: &mut Vec<u8>, option: u32, code: u32, body: &[u8]) {
+pub fn put_reply(out: &mut Vec<u8>, option: u32, code: u32, body: &[u8]) {
     out.extend_from_slice(&OPTION_REPLY_MAGIC.to_be_bytes());
     out.extend_from_slice(&option.to_be_bytes());
     out.extend_from_slice(&code.to_be_bytes());

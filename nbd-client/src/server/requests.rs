@@ -72,7 +72,7 @@ impl RequestHeader {
     }
 
     /// Checks a request against what its export offers.
-    pub(super) fn check(&self, features: &Features, dialect: Dialect) -> Result<(), Errno> {
+    pub(crate) fn check(&self, features: &Features, dialect: Dialect) -> Result<(), Errno> {
         self.check_flags(features, dialect)?;
         let modifies =
             matches!(self.command, command::WRITE | command::WRITE_ZEROES | command::TRIM);
