@@ -14,7 +14,7 @@ pub enum QmpError {
         path: PathBuf,
     },
     /// The socket exists and cannot be connected to.
-    #[error("cannot connect to {path}: {why}")]
+    #[error("cannot connect to {path}: {why} (a refused connection: its QEMU has ended)")]
     Connect {
         /// The path tried.
         path: PathBuf,
@@ -111,6 +111,11 @@ impl QmpError {
     /// The other side does not know the command (an older QEMU, or a disabled agent command).
     pub fn is_unknown_command(&self) -> bool {
         matches!(self, Self::Refused { class, .. } if class == "CommandNotFound")
+    }
+
+    /// The device or object asked about does not exist (any more).
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Refused { class, .. } if class == "DeviceNotFound")
     }
 
     /// The description when QEMU or the agent answered with an error.

@@ -8,6 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use icecore_qmp::Monitor;
+use icecore_qmp::features::{Features, SAFE_IOTHREAD_EXPORTS};
 use icecore_qmp::inventory::{self, Disk, Exclusion, Inventory, Refusal};
 use icecore_qmp::testing::{Process, binary_under_test, daemon_command, qemu_command};
 use serde_json::{Value, json};
@@ -229,6 +230,17 @@ async fn what_is_no_disk_is_left_out_and_what_cannot_be_seen_is_named() {
     assert_eq!(inventory.unprotected[0].id, "vub0");
 }
 
+#[tokio::test]
+async fn this_qemu_has_what_a_capture_needs() {
+    let machine = machine("").await;
+    let features = Features::query(&machine.monitor, DEADLINE).await.unwrap();
+    assert_eq!(features.check(), Ok(()), "{features:?}");
+    assert!(features.export_iothread);
+    let safe = features.version >= SAFE_IOTHREAD_EXPORTS;
+    assert_eq!(features.iothread_exports_are_safe(), safe);
+    assert_eq!(machine.inventory().await, Inventory::default());
+}
+
 const ONE_DISK: &str =
     "-blockdev driver=qcow2,node-name=disk0,file.driver=file,file.filename=a.qcow2
     -device virtio-blk-pci,drive=disk0";
@@ -246,7 +258,10 @@ async fn a_graph_of_ours_changes_nothing_of_the_disk() {
 #[tokio::test]
 async fn a_snapshot_taken_under_our_filter_is_found_below_it() {
     let machine = machine(ONE_DISK).await;
+    let bitmap = "icecore:r:c:p:disk0";
+    machine.run("block-dirty-bitmap-add", json!({"node": "disk0", "name": bitmap})).await;
     filter_over(&machine, &machine.disk("disk0").await).await;
+    assert_eq!(machine.inventory().await.stray_bitmaps, []);
     image(machine.folder.path(), "overlay.qcow2", &[]);
     let overlay = json!({"driver": "qcow2", "node-name": "snap1", "backing": null,
         "file": {"driver": "file", "filename": "overlay.qcow2"}});
@@ -255,6 +270,9 @@ async fn a_snapshot_taken_under_our_filter_is_found_below_it() {
     let disk = machine.disk("snap1").await;
     assert_eq!((disk.root.as_str(), disk.node.as_str()), ("ic-f", "snap1"));
     assert_eq!(disk.identity.0, "id=snap1;file=overlay.qcow2");
+    assert!(disk.bitmaps.is_empty());
+    let stray = &machine.inventory().await.stray_bitmaps[0];
+    assert_eq!((stray.node.as_str(), stray.name.to_string().as_str()), ("disk0", bitmap));
 }
 
 #[tokio::test]

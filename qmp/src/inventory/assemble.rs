@@ -7,7 +7,9 @@ use serde_json::Value;
 use super::graph::{GraphView, is_filter, is_job_filter, is_ours};
 use super::observe::{Observed, controller_path, qom_path};
 use super::wire::{Backend, NamedNode};
-use super::{Disk, Excluded, Exclusion, Identity, Inventory, Layer, Refusal, Unprotected};
+use super::{
+    Disk, Excluded, Exclusion, Identity, Inventory, Layer, Refusal, StrayBitmap, Unprotected,
+};
 use crate::bitmap::Bitmap;
 
 /// Devices whose `drive` can be swapped under a running guest.
@@ -49,7 +51,19 @@ pub fn assemble(observed: &Observed) -> Inventory {
         }
     }
     make_unique(&mut inventory.disks);
+    inventory.stray_bitmaps = stray_bitmaps(observed, &inventory.disks);
     inventory
+}
+
+fn stray_bitmaps(observed: &Observed, disks: &[Disk]) -> Vec<StrayBitmap> {
+    let elsewhere = |node: &&NamedNode| disks.iter().all(|disk| disk.bitmap_node != node.name);
+    let nodes = observed.nodes.iter().filter(elsewhere);
+    let bitmaps = nodes.flat_map(|node| node.bitmaps.iter().map(move |bitmap| (node, bitmap)));
+    let ours = bitmaps.filter_map(|(node, bitmap)| {
+        let name = bitmap.name.as_deref()?.parse().ok()?;
+        Some(StrayBitmap { node: node.name.clone(), name })
+    });
+    ours.collect()
 }
 
 struct Candidate<'a> {
@@ -265,3 +279,6 @@ fn unprotected(observed: &Observed) -> Vec<Unprotected> {
     });
     found.collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -17,7 +17,7 @@ pub use observe::{Observed, observe};
 pub(crate) use wire::WireBitmap;
 pub use wire::{Export, Job};
 
-use crate::bitmap::Bitmap;
+use crate::bitmap::{Bitmap, BitmapName};
 use crate::{Monitor, QmpError};
 
 /// The machine's disks as Icecore sees them.
@@ -29,6 +29,18 @@ pub struct Inventory {
     pub unprotected: Vec<Unprotected>,
     /// Backends that are no disks of the guest.
     pub excluded: Vec<Excluded>,
+    /// Bitmaps of Icecore on nodes where no disk's bitmap belongs, as an external snapshot leaves
+    /// them behind: they record nothing any more.
+    pub stray_bitmaps: Vec<StrayBitmap>,
+}
+
+/// A bitmap of Icecore on another node than that of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StrayBitmap {
+    /// Where it is.
+    pub node: String,
+    /// Whose it is.
+    pub name: BitmapName,
 }
 
 /// One disk of the guest.

@@ -47,7 +47,10 @@ pub async fn observe(monitor: &Monitor, deadline: Duration) -> Result<Observed, 
     }
     let devices: Vec<_> = observed.backends.iter().filter_map(|b| b.qdev.as_deref()).collect();
     for path in devices.into_iter().map(qom_path) {
-        let properties = ask.properties(&path, &DEVICE_PROPERTIES).await?;
+        let properties = match ask.properties(&path, &DEVICE_PROPERTIES).await {
+            Err(error) if error.is_gone() => continue,
+            other => other?,
+        };
         if let Some(controller) = controller_path(&properties)
             && !observed.devices.contains_key(&controller)
         {

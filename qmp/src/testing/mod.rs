@@ -6,4 +6,4 @@ mod fake;
 mod process;
 
 pub use fake::{Act, Fake, GREETING, Request};
-pub use process::{Process, binary_under_test, daemon_command, qemu_command};
+pub use process::{Process, binary_under_test, daemon_command, is_listening, qemu_command};

@@ -81,9 +81,10 @@ impl Drop for Process {
     }
 }
 
-/// Between bind and listen a socket is there and refuses. Trying it would take the one place that
+/// Whether somebody listens on the unix socket. Between bind and listen it is there and refuses;
+/// trying it would take the one place that
 /// a monitor has, so the kernel's table is asked (proc(5), `/proc/net/unix`, flag `SO_ACCEPTCON`).
-fn is_listening(path: &Path) -> io::Result<bool> {
+pub fn is_listening(path: &Path) -> io::Result<bool> {
     let path = path.to_string_lossy();
     let sockets = std::fs::read_to_string("/proc/net/unix")?;
     Ok(sockets.lines().any(|line| {
