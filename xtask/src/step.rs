@@ -11,6 +11,11 @@ pub fn target() -> PathBuf {
     workspace_root().join("target")
 }
 
+/// Where cargo puts what it compiles.
+pub fn cargo_target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(target, Into::into)
+}
+
 /// A program to be run in the workspace's root.
 pub fn program(name: &str) -> Command {
     let mut command = Command::new(name);

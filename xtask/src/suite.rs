@@ -2,6 +2,7 @@
 
 use clap::Args;
 
+use crate::fuzz;
 use crate::setup;
 use crate::step::{Result, cargo, shown, timed};
 
@@ -30,6 +31,9 @@ impl Suite {
         // By the profile of tests, so that nothing is compiled twice.
         timed("icecore", || shown(&mut cargo(&["build", "--profile", "test", "-p", "icecore"])))?;
         timed("tests (build)", || shown(&mut cargo(&["test", "--workspace", "--no-run", "-q"])))?;
+        if self.filter.is_none() {
+            fuzz::smoke()?;
+        }
         let mut tests = cargo(&["test", "--workspace", "--no-fail-fast"]);
         tests.args(&self.filter).args(["--", TEST_THREADS]);
         if self.long {

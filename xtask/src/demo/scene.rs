@@ -4,7 +4,7 @@ use icecore_tests::{Disk, Failure, Fs, Icecore, MIB, TestVm, VmSpec};
 use serde_json::Value;
 
 use crate::demo::figures::Figures;
-use crate::step::{Result, workspace_root};
+use crate::step::{Result, cargo_target};
 
 /// The user's data beside what the writer writes.
 const DOCUMENTS: &str = "/mnt/data/documents";
@@ -138,9 +138,7 @@ impl Scene {
 
 /// The release binary that the demo has just had built.
 fn release_binary() -> Result<std::path::PathBuf> {
-    let target = std::env::var_os("CARGO_TARGET_DIR");
-    let target = target.map_or_else(|| workspace_root().join("target"), Into::into);
-    let binary = target.join("release/icecore");
+    let binary = cargo_target().join("release/icecore");
     let missing = || Failure::new(format!("{} was not built", binary.display()));
     binary.is_file().then_some(binary.clone()).ok_or_else(missing)
 }
