@@ -1,5 +1,7 @@
 //! Random histories of a VM against a model that is nothing but a map of blocks.
 
+#![allow(clippy::unwrap_used)] // a test that panics has failed
+
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,5 +1,7 @@
 //! The plain path: points are written, read back and proven.
 
+#![allow(clippy::unwrap_used)] // a test that panics has failed
+
 mod support;
 
 use icecore_repository::{
