@@ -8,6 +8,7 @@ mod delta;
 mod layout;
 mod merge;
 mod reader;
+mod scrub;
 mod view;
 mod writer;
 
@@ -17,7 +18,8 @@ use crate::point::Location;
 
 pub(crate) use delta::DeltaWriter;
 pub(crate) use merge::{Below, fold, merge_count};
-pub(crate) use reader::{RunReader, RunSource};
+pub(crate) use reader::RunReader;
+pub(crate) use scrub::scrub_run;
 pub(crate) use view::{MapView, PageCursor};
 pub(crate) use writer::{RunDraft, RunWriter};
 
