@@ -19,15 +19,13 @@ use tokio::net::UnixStream;
 use tokio::time::Instant;
 
 use crate::errors::QmpError;
-use crate::frame::{FrameError, Framer};
 use crate::session::Failure;
 
-/// Longest answer accepted from a guest; `guest-get-fsinfo` with thousands of mounts fits.
-pub const MAX_ANSWER_BYTES: usize = 1 << 20;
+mod link;
 
-/// Precedes the reply to `guest-sync-delimited`, and sent to us resets the agent's own parser.
-/// It occurs in no UTF-8 text.
-const DELIMITER: u8 = 0xFF;
+use link::{DELIMITER, Link};
+
+pub use link::MAX_ANSWER_BYTES;
 
 /// Ids of synchronisations stay in the range that every JSON implementation keeps exact.
 const SYNC_ID_MASK: u64 = (1 << 53) - 1;
@@ -248,135 +246,4 @@ impl Agent {
 fn decode<T: serde::de::DeserializeOwned>(command: &str, value: Value) -> Result<T, QmpError> {
     serde_json::from_value(value)
         .map_err(|error| QmpError::Content { command: command.into(), why: error.to_string() })
-}
-
-/// Where the channel stands; pure.
-#[derive(Debug)]
-struct Link {
-    framer: Framer,
-    step: Step,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Step {
-    /// Answers may be under way that nobody asked for any more.
-    Lost,
-    /// Dropping bytes up to a delimiter.
-    Hunting { id: u64 },
-    /// After a delimiter: the next object should be the reply to the synchronisation.
-    Delimited { id: u64 },
-    /// Nothing is under way.
-    Settled,
-    /// The next object answers the one question asked.
-    Asked,
-}
-
-impl Link {
-    fn new() -> Self {
-        Self { framer: Framer::new(MAX_ANSWER_BYTES), step: Step::Lost }
-    }
-
-    fn is_in_step(&self) -> bool {
-        self.step == Step::Settled
-    }
-
-    fn lose_step(&mut self) {
-        self.step = Step::Lost;
-    }
-
-    fn hunt(&mut self, id: u64) {
-        self.framer.reset();
-        self.step = Step::Hunting { id };
-    }
-
-    fn question_asked(&mut self) {
-        self.step = Step::Asked;
-    }
-
-    /// Takes bytes; returns the answer to the question asked once it is complete.
-    fn feed(&mut self, mut bytes: &[u8]) -> Result<Option<Result<Value, Failure>>, FrameError> {
-        let mut answer = None;
-        while !bytes.is_empty() {
-            let delimiter = bytes.iter().position(|byte| *byte == DELIMITER);
-            let upto = delimiter.unwrap_or(bytes.len());
-            answer = answer.or(self.text(&bytes[..upto])?);
-            bytes = &bytes[upto..];
-            if delimiter.is_some() {
-                bytes = &bytes[1..];
-                self.delimiter();
-            }
-        }
-        Ok(answer)
-    }
-
-    fn delimiter(&mut self) {
-        self.framer.reset();
-        match self.step {
-            Step::Hunting { id } | Step::Delimited { id } => self.step = Step::Delimited { id },
-            // The reply to a synchronisation given up long ago: what follows is not for us.
-            _ => self.step = Step::Lost,
-        }
-    }
-
-    fn text(&mut self, mut bytes: &[u8]) -> Result<Option<Result<Value, Failure>>, FrameError> {
-        while !bytes.is_empty() {
-            if let Step::Hunting { .. } | Step::Lost = self.step {
-                return Ok(None);
-            }
-            match (self.framer.push(bytes), self.step) {
-                (Ok((used, None)), _) => bytes = &bytes[used..],
-                (Ok((used, Some(value))), step) => {
-                    bytes = &bytes[used..];
-                    if let Some(answer) = self.object(&value, step) {
-                        if !bytes.trim_ascii().is_empty() {
-                            self.lose_step();
-                        }
-                        return Ok(Some(answer));
-                    }
-                }
-                (Err(_), Step::Delimited { id }) => self.hunt(id),
-                (Err(error), _) => {
-                    self.lose_step();
-                    return Err(error);
-                }
-            }
-        }
-        Ok(None)
-    }
-
-    fn object(&mut self, value: &Value, step: Step) -> Option<Result<Value, Failure>> {
-        match step {
-            Step::Delimited { id } if value.get("return") == Some(&json!(id)) => {
-                self.step = Step::Settled;
-                None
-            }
-            Step::Delimited { id } => {
-                self.step = Step::Hunting { id };
-                None
-            }
-            Step::Asked => {
-                self.step = Step::Settled;
-                Some(answer(value))
-            }
-            Step::Lost | Step::Hunting { .. } | Step::Settled => {
-                self.step = Step::Lost;
-                None
-            }
-        }
-    }
-}
-
-fn answer(value: &Value) -> Result<Value, Failure> {
-    if let Some(value) = value.get("return") {
-        return Ok(value.clone());
-    }
-    let error = value.get("error");
-    let text = |key: &str| {
-        error
-            .and_then(|error| error.get(key))
-            .and_then(Value::as_str)
-            .unwrap_or_default()
-            .to_owned()
-    };
-    Err(Failure { class: text("class"), desc: text("desc") })
 }
