@@ -4,11 +4,15 @@
 
 pub mod agent;
 pub mod bitmap;
+pub mod capture;
 pub mod errors;
 pub mod features;
 mod frame;
+pub mod freeze;
+pub mod guardian;
 pub mod inventory;
 pub mod monitor;
+pub mod recover;
 pub mod session;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

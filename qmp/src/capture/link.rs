@@ -1,0 +1,143 @@
+//! Both connections to one QEMU, and what is done over them one command at a time.
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::agent_channel::AgentChannel;
+use super::call::Call;
+use super::observe::{Observed, SeenJob};
+use crate::errors::QmpError;
+use crate::freeze::{Frozen, Owed};
+use crate::monitor::Monitor;
+
+/// Longest wait for one command that changes something. Some of them drain, and a drain waits for
+/// the requests under way; a guest that is not ready after this is one we leave alone.
+pub const CALL_WAIT: Duration = Duration::from_secs(5);
+
+/// Longest wait for a greeting.
+pub const CONNECT_WAIT: Duration = Duration::from_secs(5);
+
+/// Pause between two looks at a job that takes milliseconds.
+const JOB_PAUSE: Duration = Duration::from_millis(2);
+
+/// The monitor and, where there is one, the guest agent of a QEMU.
+#[derive(Debug)]
+pub struct Link {
+    monitor: Monitor,
+    agent: Channel,
+    has_agent: bool,
+}
+
+/// The agent's channel has one user at a time.
+#[derive(Debug)]
+enum Channel {
+    Here(AgentChannel),
+    Thawing(JoinHandle<AgentChannel>),
+}
+
+impl Default for Channel {
+    fn default() -> Self {
+        Self::Here(AgentChannel::default())
+    }
+}
+
+impl Link {
+    /// Connects to the monitor; the agent is connected to when it is needed.
+    pub async fn connect(monitor: &Path, agent: Option<&Path>) -> Result<Self, QmpError> {
+        let monitor = Monitor::connect(monitor, CONNECT_WAIT).await?;
+        let channel = AgentChannel::new(agent.map(Path::to_owned));
+        Ok(Self { monitor, agent: Channel::Here(channel), has_agent: agent.is_some() })
+    }
+
+    /// The monitor.
+    pub fn monitor(&self) -> &Monitor {
+        &self.monitor
+    }
+
+    /// There is an agent's channel.
+    pub fn has_agent(&self) -> bool {
+        self.has_agent
+    }
+
+    /// QEMU has closed the monitor; it is connected again if QEMU still lives.
+    pub async fn revive(&mut self) -> Result<(), QmpError> {
+        if self.monitor.ended().is_some() {
+            let path = self.monitor.path().to_owned();
+            self.monitor = Monitor::connect(&path, CONNECT_WAIT).await?;
+        }
+        Ok(())
+    }
+
+    /// Runs a command.
+    pub async fn call(&self, call: &Call, wait: Duration) -> Result<Value, QmpError> {
+        tracing::debug!(command = call.name, arguments = %call.arguments, "to QEMU");
+        self.monitor.execute_raw(call.name, call.arguments.clone(), wait).await
+    }
+
+    /// What of ours is seen.
+    pub async fn observe(&self) -> Result<Observed, QmpError> {
+        Observed::query(&self.monitor).await
+    }
+
+    /// One job, `None` when there is none of that id.
+    pub async fn job(&self, id: &str) -> Result<Option<SeenJob>, QmpError> {
+        Ok(self.observe().await?.job(id).cloned())
+    }
+
+    /// Starts a job, waits until it has ended, and lets go of it.
+    pub async fn run_job(&self, call: &Call, id: &str, wait: Duration) -> Result<(), QmpError> {
+        let until = Instant::now() + wait;
+        self.call(call, wait).await?;
+        loop {
+            let job = self.job(id).await?;
+            let timeout = || QmpError::Timeout { command: call.name.into(), waited: wait };
+            match job {
+                Some(job) if job.concluded => {
+                    self.call(&Call::dismiss_job(id), CALL_WAIT).await?;
+                    return job.error.map_or(Ok(()), |desc| Err(job_failed(call, desc)));
+                }
+                Some(_) if Instant::now() >= until => return Err(timeout()),
+                Some(_) => sleep(JOB_PAUSE).await,
+                None => return Err(job_failed(call, "the job is gone".into())),
+            }
+        }
+    }
+
+    /// Freezes the guest within `deadline`, or says why not and what is owed.
+    pub async fn freeze(&mut self, deadline: Duration) -> Frozen {
+        match &mut self.agent {
+            Channel::Here(agent) => agent.freeze(deadline).await,
+            Channel::Thawing(_) => {
+                let why = "an earlier freeze is not known to have ended".to_owned();
+                Frozen::No { why, owed: Owed::Thaw }
+            }
+        }
+    }
+
+    /// Thaws the guest; whether the agent has said "thawed" within `patience`. If not, trying
+    /// goes on beside whatever is done next.
+    pub async fn thaw(&mut self, patience: Duration) -> bool {
+        let mut thawing = match std::mem::take(&mut self.agent) {
+            Channel::Here(agent) => tokio::spawn(agent.thaw()),
+            Channel::Thawing(thawing) => thawing,
+        };
+        match timeout(patience, &mut thawing).await {
+            Ok(agent) => {
+                self.agent = Channel::Here(agent.unwrap_or_default());
+                true
+            }
+            Err(_) => {
+                self.agent = Channel::Thawing(thawing);
+                false
+            }
+        }
+    }
+}
+
+fn job_failed(call: &Call, desc: String) -> QmpError {
+    QmpError::Refused { command: call.name.into(), class: "JobFailed".into(), desc }
+}

@@ -1,0 +1,236 @@
+//! The capture of one instant as data: what is done, in which order.
+//!
+//! A step carries no undo of its own. Everything it makes has a name of the run, so
+//! [`crate::recover::plan`] takes it away again from whatever is seen, also when a step's answer
+//! never came.
+
+use std::ops::Range;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::call::Call;
+use super::names::{DIRTY_BITMAP, DiskIndex, Role, RunId};
+use crate::bitmap::{Granularity, Sentinels};
+use crate::inventory::Disk;
+
+/// Name of the bitmap with the sentinels, on the [`Role::Map`] node.
+const SENTINELS: &str = "ic-sentinels";
+
+/// Name of the bitmap with the samples, on the [`Role::Map`] node.
+const SAMPLES: &str = "ic-samples";
+
+/// A disk to capture.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskPlan {
+    /// QOM path of the object whose `drive` property names the node.
+    pub qom_path: String,
+    /// The node that the device uses, and over which the filter goes.
+    pub node: String,
+    /// The node that holds the disk's bitmaps.
+    pub bitmap_node: String,
+    /// The disk's size.
+    pub size_bytes: u64,
+    /// The device's iothread, if it has one.
+    pub iothread: Option<String>,
+    /// Where overwritten data go.
+    pub scratch: Scratch,
+    /// The bitmap that records from this point on; none for a safety point without one.
+    pub bitmap: Option<NewBitmap>,
+}
+
+impl DiskPlan {
+    /// The plan for a disk of the inventory.
+    pub fn new(disk: &Disk, scratch: Scratch, bitmap: Option<NewBitmap>) -> Self {
+        Self {
+            qom_path: disk.drive_path.clone(),
+            node: disk.node.clone(),
+            bitmap_node: disk.bitmap_node.clone(),
+            size_bytes: disk.size_bytes,
+            iothread: disk.iothread.clone(),
+            scratch,
+            bitmap,
+        }
+    }
+}
+
+/// The scratch of one disk: an empty local file that QEMU can open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scratch {
+    /// The file, already extended to `cap_bytes`.
+    pub path: PathBuf,
+    /// It never grows past this.
+    pub cap_bytes: u64,
+}
+
+/// A bitmap to add.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewBitmap {
+    /// Its name, `icecore:…`.
+    pub name: String,
+    /// Bytes that one bit stands for.
+    pub granularity: Granularity,
+}
+
+/// A disk's recorded changes, and where they are to be found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Base {
+    /// Name of the bitmap on the disk's node.
+    pub bitmap: String,
+    /// Its granularity.
+    pub granularity: Granularity,
+}
+
+/// One step.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Step {
+    /// A command.
+    Run(Call),
+    /// A command that starts a job, which has to end well.
+    Job(Call, String),
+    /// A persistent bitmap where the node can store one, else a transient one.
+    AddBitmap {
+        /// Its node.
+        node: String,
+        /// It.
+        bitmap: NewBitmap,
+    },
+    /// At least so many bytes must be dirty in a bitmap.
+    Expect {
+        /// Its node.
+        node: String,
+        /// Its name.
+        bitmap: String,
+        /// So many.
+        dirty_bytes_min: u64,
+    },
+}
+
+/// All that can be done before the guest is touched: scratch, filter, new bitmap with sentinels.
+pub fn prepare(run: RunId, disk: DiskIndex, plan: &DiskPlan) -> Vec<Step> {
+    let [file, raw] = Call::scratch_nodes(run, disk, &plan.scratch.path, plan.scratch.cap_bytes);
+    let mut steps = vec![
+        Step::Run(file),
+        Step::Run(raw),
+        Step::Job(Call::format_scratch(run, disk, plan.size_bytes), run.name(disk, Role::Job)),
+        Step::Run(Call::scratch_image(run, disk)),
+        Step::Run(Call::filter(run, disk, &plan.node)),
+    ];
+    if let Some(bitmap) = &plan.bitmap {
+        steps.push(Step::AddBitmap { node: plan.bitmap_node.clone(), bitmap: bitmap.clone() });
+        steps.extend(sentinels(run, disk, plan, bitmap));
+    }
+    steps
+}
+
+/// The first and the last granule are called dirty, so that a bitmap that somebody cleared, or
+/// whose disk shrank and grew back, is known by their absence.
+fn sentinels(run: RunId, disk: DiskIndex, plan: &DiskPlan, bitmap: &NewBitmap) -> Vec<Step> {
+    let granules = Sentinels::new(plan.size_bytes, bitmap.granularity).ranges();
+    let map = run.name(disk, Role::Map);
+    let mut steps = marked_map(&map, plan.size_bytes, bitmap.granularity, SENTINELS, &granules);
+    steps.push(Step::Run(Call::merge_bitmap(&plan.bitmap_node, &bitmap.name, &map, SENTINELS)));
+    steps.push(Step::Expect {
+        node: plan.bitmap_node.clone(),
+        bitmap: bitmap.name.clone(),
+        dirty_bytes_min: dirty_bytes_min(&granules, bitmap.granularity),
+    });
+    steps.push(Step::Run(Call::remove_node(&map)));
+    steps
+}
+
+/// A short last granule may be counted in full or not: only what lies before it is certain.
+fn dirty_bytes_min(granules: &[Range<u64>], granularity: Granularity) -> u64 {
+    let before_last = granules.len().saturating_sub(1) as u64;
+    before_last * granularity.bytes() + u64::from(!granules.is_empty())
+}
+
+fn marked_map(
+    map: &str,
+    size_bytes: u64,
+    granularity: Granularity,
+    bitmap: &str,
+    marks: &[Range<u64>],
+) -> Vec<Step> {
+    let mut steps = vec![
+        Step::Run(Call::null_node(map, size_bytes)),
+        Step::Run(Call::add_bitmap(map, bitmap, granularity, false)),
+    ];
+    steps.extend(marks.iter().map(|range| Step::Run(Call::mark(map, range))));
+    steps
+}
+
+/// Makes the disk's changes readable through an export of the snapshot: a copy of `base`, with
+/// the name [`DIRTY_BITMAP`]. Without a base nothing is needed.
+pub fn dirty_copy(run: RunId, disk: DiskIndex, node: &str, base: Option<&Base>) -> Vec<Step> {
+    let snap = run.name(disk, Role::Snap);
+    base.map_or_else(Vec::new, |base| copy_of(&snap, node, base))
+}
+
+fn copy_of(holder: &str, node: &str, base: &Base) -> Vec<Step> {
+    vec![
+        Step::Run(Call::add_disabled_bitmap(holder, DIRTY_BITMAP, base.granularity)),
+        Step::Run(Call::merge_bitmap(holder, DIRTY_BITMAP, node, &base.bitmap)),
+    ]
+}
+
+/// Makes a disk's changes readable without an export of the disk: a node without data holds them.
+pub fn dirty_map(
+    run: RunId,
+    disk: DiskIndex,
+    node: &str,
+    size_bytes: u64,
+    base: &Base,
+) -> Vec<Step> {
+    let map = run.name(disk, Role::Map);
+    let mut steps = vec![Step::Run(Call::null_node(&map, size_bytes))];
+    steps.extend(copy_of(&map, node, base));
+    steps
+}
+
+/// What a push needs on the snapshot node: the copy of `base` and the samples in one bitmap. The
+/// map node with the readable copy stays until the graph goes.
+pub fn push_bitmap(
+    run: RunId,
+    disk: DiskIndex,
+    plan: &DiskPlan,
+    base: &Base,
+    samples: &[Range<u64>],
+) -> Vec<Step> {
+    let (snap, map) = (run.name(disk, Role::Snap), run.name(disk, Role::Map));
+    let mut steps = copy_of(&snap, &plan.bitmap_node, base);
+    // The copy that the worker has read decides, not the disk's own, which records on.
+    steps.push(Step::Run(Call::merge_bitmap(&snap, DIRTY_BITMAP, &map, DIRTY_BITMAP)));
+    if !samples.is_empty() {
+        steps.push(Step::Run(Call::add_bitmap(&map, SAMPLES, base.granularity, false)));
+        let marks = samples.iter().map(|range| Step::Run(Call::mark(&map, range)));
+        steps.extend(marks);
+        steps.push(Step::Expect { node: map.clone(), bitmap: SAMPLES.into(), dirty_bytes_min: 1 });
+        steps.push(Step::Run(Call::merge_bitmap(&snap, DIRTY_BITMAP, &map, SAMPLES)));
+    }
+    steps
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guest_is_not_touched_by_preparing() {
+        let plan = DiskPlan {
+            qom_path: "/machine/peripheral/sd0".into(),
+            node: "disk0".into(),
+            bitmap_node: "disk0".into(),
+            size_bytes: 1 << 20,
+            iothread: None,
+            scratch: Scratch { path: "/s".into(), cap_bytes: 1 << 20 },
+            bitmap: Some(NewBitmap { name: "icecore:x".into(), granularity: Granularity::DEFAULT }),
+        };
+        let touching = ["stop", "cont", "qom-set", "system_reset"];
+        for step in prepare(RunId(1), 0, &plan) {
+            if let Step::Run(call) | Step::Job(call, _) = step {
+                assert!(!touching.contains(&call.name), "{}", call.name);
+            }
+        }
+    }
+}

@@ -1,0 +1,385 @@
+//! The guardian's state, and how it gives everything back.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::Value;
+use tokio::time::Instant;
+
+use super::protocol::{Connect, ErrorKind, GuardianError, Inspection, Released, Request, SwapDisk};
+use super::watch::Live;
+use crate::bitmap::Granularity;
+use crate::capture::link::{CALL_WAIT, Link};
+use crate::capture::names::BITMAP_PREFIX;
+use crate::capture::observe::{QUERY_WAIT, RunState};
+use crate::capture::plan::{DiskPlan, Step};
+use crate::capture::{Call, Observed, Role, RunId};
+use crate::errors::QmpError;
+use crate::features::Features;
+use crate::inventory;
+use crate::recover::{self, CommitState, FreezeIntent, Hands, Intents, RollbackIntent, StopIntent};
+
+/// How long the guardian tries to undo while a worker waits for the result.
+const PATIENCE_WITH_WORKER: Duration = Duration::from_secs(20);
+
+/// How long it tries when nobody waits. A QEMU that is stopped longer is left to the next start.
+const PATIENCE_ALONE: Duration = Duration::from_secs(600);
+
+/// How far a run has come.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Nothing of the run is in QEMU.
+    Idle,
+    /// Nodes and bitmaps are.
+    Prepared,
+    /// The instant is taken.
+    Captured,
+    /// Data can be read.
+    Exposed,
+    /// A rollback has swapped the drives away.
+    Swapped,
+    /// It was all undone before its time, for this reason.
+    Cut(GuardianError),
+}
+
+/// The guardian.
+#[derive(Debug)]
+pub(super) struct Keeper {
+    pub(super) link: Option<Link>,
+    pub(super) intents: Intents,
+    pub(super) disks: Vec<DiskPlan>,
+    pub(super) swapped: Vec<SwapDisk>,
+    pub(super) hands: Hands,
+    pub(super) phase: Phase,
+    /// The guest is held stopped for a rollback.
+    pub(super) held: bool,
+    pub(super) probe: Option<recover::ProbeCommand>,
+}
+
+pub(super) type Reply = Result<Value, GuardianError>;
+
+impl Keeper {
+    pub(super) fn new(probe: Option<recover::ProbeCommand>) -> Self {
+        Self {
+            link: None,
+            intents: Intents::new(RunId(0)),
+            disks: Vec::new(),
+            swapped: Vec::new(),
+            hands: Hands::default(),
+            phase: Phase::Idle,
+            held: false,
+            probe,
+        }
+    }
+
+    /// What depends on the worker now.
+    pub(super) fn live(&self) -> Live {
+        match self.phase {
+            Phase::Idle | Phase::Cut(_) if !self.held => Live::Nothing,
+            Phase::Exposed | Phase::Swapped => Live::Data,
+            _ => Live::Graph,
+        }
+    }
+
+    pub(super) async fn handle(&mut self, request: Request) -> Reply {
+        if let (Phase::Cut(why), false) = (&self.phase, allowed_after_cut(&request)) {
+            return Err(why.clone());
+        }
+        match request {
+            Request::Connect(to) => reply(self.connect(to).await),
+            Request::Inspect => reply(self.inspect().await),
+            Request::Ask(command, arguments) => self.ask(&command, arguments).await,
+            Request::Prepare(prepare) => reply(self.prepare(prepare).await),
+            Request::Instant(plan) => reply(self.instant(plan).await),
+            Request::Expose(expose) => reply(self.expose(expose).await),
+            Request::Push(push) => reply(self.push(push).await),
+            Request::PushStatus(disk) => reply(self.push_status(disk).await),
+            Request::Sizes => reply(self.sizes().await),
+            Request::Release => reply(self.release().await),
+            Request::Retire(old) => reply(self.settle(CommitState::Committed, old).await),
+            Request::DropNew => reply(self.settle(CommitState::NotCommitted, Vec::new()).await),
+            Request::SwapAway(swap) => reply(self.swap_away(swap).await),
+            Request::ExposeWritable(bases) => reply(self.expose_writable(bases).await),
+            Request::BeginWriting => reply(self.begin_writing()),
+            Request::SwapBack => reply(self.swap_back().await),
+            Request::Restart(how) => reply(self.restart(how).await),
+            Request::Abort => reply(self.abort().await),
+            Request::Recover(intents, socket) => reply(self.recover(*intents, socket).await),
+            Request::Forget(bitmaps) => reply(self.forget(bitmaps).await),
+        }
+    }
+
+    async fn connect(&mut self, to: Connect) -> Result<(), GuardianError> {
+        self.link = Some(Link::connect(&to.monitor, to.agent.as_deref()).await?);
+        Ok(())
+    }
+
+    async fn inspect(&mut self) -> Result<Inspection, GuardianError> {
+        let link = self.link()?;
+        let seen = link.observe().await?;
+        Ok(Inspection {
+            features: Features::query(link.monitor(), QUERY_WAIT).await?,
+            inventory: inventory::inventory(link.monitor(), QUERY_WAIT).await?,
+            running: seen.state == RunState::Running,
+            leftovers: seen.runs(),
+        })
+    }
+
+    /// A query of the worker's, for what only it knows a use for. Nothing that changes QEMU.
+    async fn ask(&mut self, command: &str, arguments: Value) -> Reply {
+        let harmless = command.starts_with("query-")
+            || ["qom-get", "qom-list", "x-debug-query-block-graph"].contains(&command);
+        if !harmless {
+            return Err(out_of_order(format!("{command} is no query")));
+        }
+        let link = self.link()?;
+        Ok(link.monitor().execute_raw(command, arguments, QUERY_WAIT).await?)
+    }
+
+    pub(super) fn link(&mut self) -> Result<&mut Link, GuardianError> {
+        self.link.as_mut().ok_or_else(|| out_of_order("not connected to a QEMU yet".into()))
+    }
+
+    pub(super) async fn observe(&mut self) -> Result<Observed, GuardianError> {
+        Ok(self.link()?.observe().await?)
+    }
+
+    pub(super) async fn call(&mut self, call: &Call, wait: Duration) -> Result<(), GuardianError> {
+        self.link()?.call(call, wait).await?;
+        Ok(())
+    }
+
+    /// Runs steps of the capture plan. The result of each bitmap added, in order.
+    pub(super) async fn steps(&mut self, steps: &[Step]) -> Result<Vec<bool>, GuardianError> {
+        let mut persistent = Vec::new();
+        for step in steps {
+            match step {
+                Step::Run(call) => self.call(call, CALL_WAIT).await?,
+                Step::Job(call, id) => self.link()?.run_job(call, id, CALL_WAIT).await?,
+                Step::AddBitmap { node, bitmap } => {
+                    persistent.push(self.add_bitmap(node, &bitmap.name, bitmap.granularity).await?);
+                }
+                Step::Expect { node, bitmap, dirty_bytes_min } => {
+                    self.expect_dirty(node, bitmap, *dirty_bytes_min).await?;
+                }
+            }
+        }
+        Ok(persistent)
+    }
+
+    async fn add_bitmap(
+        &mut self,
+        node: &str,
+        name: &str,
+        granularity: Granularity,
+    ) -> Result<bool, GuardianError> {
+        let persistent = Call::add_bitmap(node, name, granularity, true);
+        match self.link()?.call(&persistent, CALL_WAIT).await {
+            Ok(_) => Ok(true),
+            // Raw and old qcow2 nodes store none; any other reason refuses the second one too.
+            Err(QmpError::Refused { .. }) => {
+                let transient = Call::add_bitmap(node, name, granularity, false);
+                self.call(&transient, CALL_WAIT).await?;
+                Ok(false)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn expect_dirty(
+        &mut self,
+        node: &str,
+        bitmap: &str,
+        least: u64,
+    ) -> Result<(), GuardianError> {
+        let seen = self.observe().await?;
+        let dirty = seen.bitmap(node, bitmap).map_or(0, |bitmap| bitmap.dirty_bytes);
+        if dirty >= least {
+            return Ok(());
+        }
+        Err(GuardianError {
+            kind: ErrorKind::Qemu,
+            message: format!(
+                "bitmap {bitmap} on {node} shows {dirty} dirty bytes where at least {least} were \
+                 put in: this QEMU's monitor has no working qemu-io command"
+            ),
+        })
+    }
+
+    /// Whether a disk that is being read or about to be has changed its size.
+    pub(super) async fn size_change(&mut self) -> Result<Option<String>, GuardianError> {
+        let seen = self.observe().await?;
+        let changed = (0u16..).zip(&self.disks).find_map(|(index, disk)| {
+            let filter = seen.node(&self.intents.run.name(index, Role::Cbw))?;
+            let size = filter.size_bytes;
+            (size != disk.size_bytes).then(|| {
+                format!("{} changed from {} to {size} bytes", disk.qom_path, disk.size_bytes)
+            })
+        });
+        Ok(changed)
+    }
+
+    /// Takes everything out of QEMU, keeps what is known of the point, and remembers why.
+    pub(super) async fn cut(&mut self, why: GuardianError) -> GuardianError {
+        tracing::warn!(%why, "undoing the run");
+        let report = self.undo(PATIENCE_WITH_WORKER).await;
+        let mut why = why;
+        if !report.left.is_empty() {
+            why.message = format!("{}; left in QEMU: {}", why.message, report.left.join("; "));
+        }
+        self.phase = Phase::Cut(why.clone());
+        why
+    }
+
+    /// The worker is gone.
+    pub(super) async fn finish_alone(&mut self) {
+        if self.phase != Phase::Idle || self.held || self.owes_thaw() {
+            self.undo(PATIENCE_ALONE).await;
+        }
+    }
+
+    pub(super) fn owes_thaw(&self) -> bool {
+        self.intents.freeze == FreezeIntent::Sent
+    }
+
+    async fn undo(&mut self, patience: Duration) -> Released {
+        let Some(link) = &mut self.link else { return Released::default() };
+        let report = recover::run(link, &mut self.intents, &self.hands, patience).await;
+        self.held = false;
+        Released { left: report.left }
+    }
+
+    async fn abort(&mut self) -> Result<Released, GuardianError> {
+        let released = self.undo(PATIENCE_WITH_WORKER).await;
+        self.phase = Phase::Idle;
+        Ok(released)
+    }
+
+    /// Exports end, the graph comes out; the bitmaps stay until the point's fate is told.
+    pub(super) async fn release(&mut self) -> Result<Released, GuardianError> {
+        let mut keep = self.intents.clone();
+        keep.commit = CommitState::Unknown;
+        if self.held {
+            // The rollback goes on with the guest as it is.
+            keep.stop = StopIntent::None;
+            keep.freeze = FreezeIntent::None;
+        }
+        let hands = self.hands.clone();
+        let link = self.link()?;
+        let report = recover::run(link, &mut keep, &hands, PATIENCE_WITH_WORKER).await;
+        self.intents.server = keep.server;
+        if !self.held {
+            self.intents.freeze = keep.freeze;
+            self.intents.stop = keep.stop;
+        }
+        self.phase = Phase::Idle;
+        Ok(Released { left: report.left })
+    }
+
+    /// The point's fate is known: bitmaps go accordingly. A rollback's guest stays as it is.
+    async fn settle(
+        &mut self,
+        commit: CommitState,
+        old: Vec<String>,
+    ) -> Result<Released, GuardianError> {
+        if old.iter().any(|name| !name.starts_with(BITMAP_PREFIX)) {
+            return Err(out_of_order(format!("bitmaps not all ours: {old:?}")));
+        }
+        if self.phase != Phase::Idle && !matches!(self.phase, Phase::Cut(_)) {
+            return Err(out_of_order("the graph has to be released first".into()));
+        }
+        let mut bitmaps_only = Intents { commit, ..Intents::new(self.intents.run) };
+        bitmaps_only.disks.clone_from(&self.intents.disks);
+        if let (Some(first), CommitState::Committed) = (bitmaps_only.disks.first_mut(), commit) {
+            first.old_bitmaps = old;
+        }
+        let hands = Hands::default();
+        let link = self.link()?;
+        let report = recover::run(link, &mut bitmaps_only, &hands, PATIENCE_WITH_WORKER).await;
+        self.intents.commit = CommitState::Unknown;
+        Ok(Released { left: report.left })
+    }
+
+    /// Undoes a run of another worker from its journal.
+    async fn recover(
+        &mut self,
+        mut intents: Intents,
+        server_socket: Option<PathBuf>,
+    ) -> Result<Released, GuardianError> {
+        let hands = Hands { server_socket, probe: self.probe.clone() };
+        let link = self.link()?;
+        let report = recover::run(link, &mut intents, &hands, PATIENCE_WITH_WORKER).await;
+        Ok(Released { left: report.left })
+    }
+
+    /// Removes bitmaps of ours by name, wherever they are.
+    async fn forget(&mut self, bitmaps: Vec<String>) -> Result<Released, GuardianError> {
+        if let Some(foreign) = bitmaps.iter().find(|name| !name.starts_with(BITMAP_PREFIX)) {
+            return Err(out_of_order(format!("bitmap {foreign} is not ours")));
+        }
+        let mut left = Vec::new();
+        for seen in self.observe().await?.bitmaps {
+            if !bitmaps.contains(&seen.name) {
+                continue;
+            }
+            let remove = Call::remove_bitmap(&seen.node, &seen.name);
+            if let Err(error) = self.call(&remove, CALL_WAIT).await {
+                left.push(format!("bitmap {} on {}: {error}", seen.name, seen.node));
+            }
+        }
+        Ok(Released { left })
+    }
+
+    pub(super) fn expect(&self, phase: &Phase, request: &str) -> Result<(), GuardianError> {
+        if self.phase == *phase {
+            return Ok(());
+        }
+        Err(out_of_order(format!("{request} is asked for in the wrong order: {:?}", self.phase)))
+    }
+
+    pub(super) fn writing(&self) -> bool {
+        self.intents.rollback == RollbackIntent::Writing
+    }
+}
+
+fn allowed_after_cut(request: &Request) -> bool {
+    matches!(
+        request,
+        Request::Inspect
+            | Request::Ask(..)
+            | Request::Retire(_)
+            | Request::DropNew
+            | Request::Abort
+            | Request::Recover(..)
+            | Request::Forget(_)
+    )
+}
+
+fn reply<T: Serialize>(result: Result<T, GuardianError>) -> Reply {
+    let value = serde_json::to_value(result?);
+    value.map_err(|error| out_of_order(format!("cannot be said in JSON: {error}")))
+}
+
+pub(super) fn out_of_order(message: String) -> GuardianError {
+    GuardianError { kind: ErrorKind::OutOfOrder, message }
+}
+
+impl From<QmpError> for GuardianError {
+    fn from(error: QmpError) -> Self {
+        let kind = match &error {
+            QmpError::Timeout { .. } | QmpError::AgentSilent { .. } => ErrorKind::Timeout,
+            QmpError::Closed { .. } => ErrorKind::QemuGone,
+            QmpError::Refused { .. } | QmpError::Content { .. } | QmpError::Busy { .. } => {
+                ErrorKind::Qemu
+            }
+            _ => ErrorKind::Refused,
+        };
+        Self { kind, message: error.to_string() }
+    }
+}
+
+/// Milliseconds since `start`.
+pub(super) fn millis(start: Instant) -> f64 {
+    start.elapsed().as_secs_f64() * 1000.0
+}

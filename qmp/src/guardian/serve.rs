@@ -1,0 +1,157 @@
+//! The guardian's process: one loop over the worker's lines and a clock.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+use super::keeper::{Keeper, Phase};
+use super::probe;
+use super::protocol::{ErrorKind, GuardianError, LINE_BYTES_MAX, ToGuardian, ToWorker};
+use super::spawn::receive_locks;
+use super::watch::{Live, Watch};
+use crate::recover::ProbeCommand;
+
+/// How often the worker and the disks' sizes are looked at.
+const TICK: Duration = Duration::from_millis(250);
+
+/// Body of the hidden subcommand with which [`super::GuardianClient::spawn`] starts this
+/// executable: file descriptor 0 is the socket. Makes its own tokio runtime, so it must be called
+/// outside of one.
+pub fn main() -> ExitCode {
+    if let Some(directory) = std::env::var_os(probe::PROBE_VARIABLE) {
+        let written = probe::body(&PathBuf::from(directory));
+        return if written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    // Already a leader of its own group or session: then the worker's signals miss it anyway.
+    let _ = rustix::process::setsid();
+    let Ok(socket) = std::io::stdin().as_fd().try_clone_to_owned() else {
+        return ExitCode::FAILURE;
+    };
+    match serve(StdUnixStream::from(socket), own_probe()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(%error, "the guardian cannot begin");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// This process again, with the same arguments: the variable makes it a probe.
+fn own_probe() -> Option<ProbeCommand> {
+    let arguments = std::env::args_os().skip(1).collect();
+    let program = PathBuf::from("/proc/self/exe");
+    Some(ProbeCommand { program, arguments, environment: Vec::new() })
+}
+
+/// Serves one worker on `stream` and returns when nothing of its run is left. `probe` is run with
+/// the variable [`probe::PROBE_VARIABLE`] naming the scratch directory.
+pub fn serve(stream: StdUnixStream, probe: Option<ProbeCommand>) -> std::io::Result<()> {
+    let locks = receive_locks(&stream)?;
+    stream.set_nonblocking(true)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let served = runtime.block_on(async {
+        let deaf = deafen()?;
+        let (read, write) = UnixStream::from_std(stream)?.into_split();
+        Server::new(read, write, probe).run().await;
+        drop(deaf);
+        Ok(())
+    });
+    // A worker that waits for these locks may go on only now.
+    drop::<Vec<OwnedFd>>(locks);
+    served
+}
+
+/// Handlers that nobody listens to: what ends the worker does not end its guardian.
+fn deafen() -> std::io::Result<Vec<Signal>> {
+    let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+    kinds.into_iter().map(signal).collect()
+}
+
+struct Server {
+    lines: BufReader<OwnedReadHalf>,
+    line: Vec<u8>,
+    write: OwnedWriteHalf,
+    keeper: Keeper,
+    watch: Watch,
+    started: Instant,
+}
+
+enum Wake {
+    Line(std::io::Result<usize>),
+    Tick,
+}
+
+impl Server {
+    fn new(read: OwnedReadHalf, write: OwnedWriteHalf, probe: Option<ProbeCommand>) -> Self {
+        Self {
+            lines: BufReader::new(read),
+            line: Vec::new(),
+            write,
+            keeper: Keeper::new(probe),
+            watch: Watch::new(Duration::ZERO),
+            started: Instant::now(),
+        }
+    }
+
+    async fn run(mut self) {
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let limit = (LINE_BYTES_MAX - self.line.len()) as u64;
+            let mut limited = (&mut self.lines).take(limit);
+            let wake = tokio::select! {
+                // What was read so far stays in `line` when the tick comes first.
+                read = limited.read_until(b'\n', &mut self.line) => Wake::Line(read),
+                _ = tick.tick() => Wake::Tick,
+            };
+            match wake {
+                Wake::Line(Ok(_)) if self.line.ends_with(b"\n") => {
+                    let line = std::mem::take(&mut self.line);
+                    if self.line(&line).await.is_err() {
+                        break;
+                    }
+                }
+                Wake::Line(_) => break,
+                Wake::Tick => self.tick().await,
+            }
+        }
+        tracing::debug!("the worker is gone");
+        self.keeper.finish_alone().await;
+    }
+
+    /// An error means that the worker cannot be talked to any more.
+    async fn line(&mut self, line: &[u8]) -> std::io::Result<()> {
+        match serde_json::from_slice(line)? {
+            ToGuardian::Pulse(counter) => self.watch.pulse(counter, self.started.elapsed()),
+            ToGuardian::Request(id, request) => {
+                let answer = self.keeper.handle(request).await;
+                self.watch.request(self.started.elapsed());
+                let mut reply = serde_json::to_vec(&ToWorker { id, answer })?;
+                reply.push(b'\n');
+                // A worker that does not read its few replies is stopped; it is not waited for.
+                tokio::time::timeout(TICK, self.write.write_all(&reply)).await??;
+            }
+        }
+        Ok(())
+    }
+
+    async fn tick(&mut self) {
+        let live = self.keeper.live();
+        if self.watch.stalled(live, self.started.elapsed()) {
+            let message = "the worker made no progress, and QEMU must not wait for it".into();
+            self.keeper.cut(GuardianError { kind: ErrorKind::WorkerStalled, message }).await;
+        } else if live == Live::Data && self.keeper.phase == Phase::Exposed {
+            // A disk read past a new end aborts QEMU, so a change ends the run at once. The
+            // worker learns of it with its next request.
+            let _ = self.keeper.sizes().await;
+        }
+    }
+}
