@@ -24,7 +24,7 @@ const FETCH_GAP_BYTES_MAX: u64 = 64 << 10;
 pub(crate) struct TocCache(Mutex<VecDeque<(PackId, Arc<PackToc>)>>);
 
 impl TocCache {
-    fn get(&self, inner: &Inner, pack: PackId) -> Result<Arc<PackToc>> {
+    pub(crate) fn get(&self, inner: &Inner, pack: PackId) -> Result<Arc<PackToc>> {
         if let Some(toc) = self.find(pack) {
             return Ok(toc);
         }

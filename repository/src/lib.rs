@@ -7,14 +7,17 @@
 mod block;
 mod cache;
 mod catalog;
+mod check;
 mod commit;
 mod config;
 mod content;
 mod decoder;
 mod dedup;
+mod delete;
 mod encoder;
 mod envelope;
 mod error;
+mod gc;
 pub mod geometry;
 pub mod ids;
 mod manifest;
@@ -31,12 +34,14 @@ pub mod store;
 pub mod writers;
 
 pub use block::{BlockHasher, Compression};
+pub use check::{CheckError, CheckOptions, CheckProgress, CheckReport};
 pub use commit::{BeginPoint, ChainChoice, PointWriter};
 pub use config::FORMAT_VERSION;
 pub use content::ContentHasher;
 pub use decoder::BlockDecoder;
 pub use encoder::{BlockEncoder, Encoders};
 pub use error::{Damage, DamageKind, Error, Result};
+pub use gc::{GcOptions, GcReport, Pace, RealPace};
 pub use geometry::{BlockIndex, BlockSize, GeometryError};
 pub use ids::{
     BlockId, ChainId, Checksum, ContentRoot, DiskId, IdError, PackId, PointId, RepositoryId, RunId,

@@ -301,6 +301,11 @@ impl Repository {
 }
 
 impl Inner {
+    /// Reads the config again, as `check` does.
+    pub(crate) fn verify_config(&self) -> Result<()> {
+        Config::decode(&self.store.read(&names::config()?, CONFIG_BYTES_MAX)?).map(drop)
+    }
+
     pub(crate) fn manifest_bytes(&self, id: &PointId) -> Result<Vec<u8>> {
         Ok(self.store.read(&names::manifest(id)?, MANIFEST_BYTES_MAX)?)
     }

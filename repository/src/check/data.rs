@@ -121,7 +121,10 @@ fn check_root(inner: &Arc<Inner>, point: &Point, disk: &PointDisk, deep: bool) -
 enum Depth {
     None,
     /// Those whose id, salted, is below this.
-    Below { salt: [u8; 32], limit: u64 },
+    Below {
+        salt: [u8; 32],
+        limit: u64,
+    },
     All,
 }
 
@@ -181,12 +184,7 @@ struct FrameScrubber<'a> {
 }
 
 impl FrameScrubber<'_> {
-    fn check(
-        &mut self,
-        toc: &PackToc,
-        depth: &Depth,
-        findings: &mut Findings<'_>,
-    ) -> Result<()> {
+    fn check(&mut self, toc: &PackToc, depth: &Depth, findings: &mut Findings<'_>) -> Result<()> {
         let object = names::pack(self.pack)?;
         let wanted: Vec<(usize, &FrameInfo)> =
             toc.frames.iter().enumerate().filter(|(_, frame)| depth.wants(&frame.id)).collect();

@@ -30,10 +30,9 @@ pub(super) fn check(
     let mut points = Vec::new();
     let valid = manifests.iter().filter(|id| wanted(id) && !standing.is_deleted(id));
     for id in valid {
-        let Some((point, bytes)) = findings.note(&format!("{}{id}", names::POINTS), {
-            read_manifest(inner, id)
-        })?
-        else {
+        let object = names::manifest(id)?;
+        let read = findings.note(object.as_str(), read_manifest(inner, id))?;
+        let Some((point, bytes)) = read else {
             findings.progress.points_total += 1;
             continue;
         };
@@ -145,4 +144,3 @@ fn check_vanished(
     }
     Ok(())
 }
-

@@ -307,9 +307,15 @@ impl ObjectWriter for DirectoryWriter {
 
     fn finish(mut self: Box<Self>) -> Result<u64, StoreError> {
         self.with_file("make durable", |file| file.sync())?;
-        self.shared
-            .publish(&self.incomplete, &self.name)
-            .map_err(|error| self.shared.failed("publish", self.name.as_str(), error))?;
+        self.shared.publish(&self.incomplete, &self.name).map_err(|error| {
+            let (object, location) = (self.name.as_str(), &self.shared.location);
+            if error.kind() == io::ErrorKind::NotFound {
+                let reason = "its unfinished bytes were removed meanwhile, as gc does with those \
+                              of a writer that it takes for dead";
+                return StoreError::new(StoreErrorKind::Io, "publish", object, location, reason);
+            }
+            self.shared.failed("publish", object, error)
+        })?;
         Ok(self.bytes)
     }
 }
