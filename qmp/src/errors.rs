@@ -14,7 +14,7 @@ pub enum QmpError {
         path: PathBuf,
     },
     /// The socket exists and cannot be connected to.
-    #[error("cannot connect to {path}: {why} (a refused connection: its QEMU has ended)")]
+    #[error("cannot connect to {path}: {why}")]
     Connect {
         /// The path tried.
         path: PathBuf,

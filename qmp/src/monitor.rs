@@ -86,7 +86,7 @@ impl Monitor {
         let version = tokio::time::timeout_at(until, driver.until_ready())
             .await
             .map_err(|_| silent())?
-            .map_err(|why| QmpError::NotQmp { path: path.to_owned(), why })?;
+            .map_err(|ending| ending.while_connecting(path))?;
         let ended = Arc::clone(&driver.ended);
         let (calls, inbox) = mpsc::unbounded_channel();
         tokio::spawn(driver.run(inbox));
@@ -220,7 +220,17 @@ pub(crate) async fn connect(
         Ok(Err(error)) if error.kind() == ErrorKind::NotFound => {
             Err(QmpError::NoSocket { path: owned })
         }
-        Ok(Err(error)) => Err(QmpError::Connect { path: owned, why: error.to_string() }),
+        Ok(Err(error)) => Err(QmpError::Connect { path: owned, why: connect_advice(&error) }),
         Err(_) => Err(QmpError::NoGreeting { path: owned, waited }),
     }
+}
+
+fn connect_advice(error: &std::io::Error) -> String {
+    use std::io::ErrorKind;
+    let advice = match error.kind() {
+        ErrorKind::ConnectionRefused => "nobody listens any more, its QEMU has ended",
+        ErrorKind::PermissionDenied => "run Icecore as root or as QEMU's user",
+        _ => return error.to_string(),
+    };
+    format!("{error}: {advice}")
 }

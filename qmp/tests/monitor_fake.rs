@@ -64,6 +64,14 @@ async fn other_servers_are_no_monitor() {
 }
 
 #[tokio::test]
+async fn an_end_in_the_middle_of_the_negotiation_is_no_other_protocol() {
+    let (_folder, path) = path();
+    let _fake = Fake::monitor(&path, GREETING, |_| Some(vec![Act::Close])).unwrap();
+    let error = Monitor::connect(&path, DEADLINE).await.unwrap_err();
+    assert!(error.is_closed(), "{error}");
+}
+
+#[tokio::test]
 async fn no_greeting_and_no_negotiation_are_not_waited_for() {
     for greeting in ["", &GREETING[..20], GREETING] {
         let (_folder, path) = path();

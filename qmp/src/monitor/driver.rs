@@ -1,6 +1,7 @@
 //! The task behind a monitor: moves bytes between the socket and the session.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -8,6 +9,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::{Answer, CallError, Message};
+use crate::errors::QmpError;
 use crate::features::QemuVersion;
 use crate::session::{CommandId, Event, Output, Session, SessionError};
 
@@ -24,6 +26,28 @@ pub(super) struct Driver {
     callers: HashMap<CommandId, (u64, oneshot::Sender<Answer>)>,
     /// Why it ended, once it has.
     pub(super) ended: Arc<OnceLock<String>>,
+}
+
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Ending {
+    #[error(transparent)]
+    Protocol(SessionError),
+    #[error("{0}")]
+    Socket(String),
+}
+
+impl Ending {
+    /// The error of a connection that did not get as far as taking commands.
+    pub(super) fn while_connecting(self, path: &Path) -> QmpError {
+        let path = path.to_owned();
+        match self {
+            Self::Protocol(SessionError::NotQmp(why)) => QmpError::NotQmp { path, why },
+            other => {
+                QmpError::Closed { command: "connecting".into(), path, why: other.to_string() }
+            }
+        }
+    }
 }
 
 enum Wake {
@@ -51,7 +75,7 @@ impl Driver {
         }
     }
 
-    pub(super) async fn until_ready(&mut self) -> Result<QemuVersion, String> {
+    pub(super) async fn until_ready(&mut self) -> Result<QemuVersion, Ending> {
         loop {
             let wake = self.io().await;
             for output in self.outputs(wake)? {
@@ -79,7 +103,7 @@ impl Driver {
             };
             match step {
                 Ok(outputs) => outputs.into_iter().for_each(|output| self.deliver(output)),
-                Err(why) => break why,
+                Err(ending) => break ending.to_string(),
             }
         };
         tracing::debug!(%why, "QMP connection ended");
@@ -95,17 +119,20 @@ impl Driver {
         }
     }
 
-    fn outputs(&mut self, wake: Wake) -> Result<Vec<Output>, String> {
-        let explain = |error: SessionError| error.to_string();
+    fn outputs(&mut self, wake: Wake) -> Result<Vec<Output>, Ending> {
         match wake {
             Wake::Message(_) => Ok(Vec::new()),
-            Wake::Read(Ok(0)) => Err(explain(self.session.eof())),
-            Wake::Read(Ok(count)) => self.session.feed(&self.buffer[..count]).map_err(explain),
+            Wake::Read(Ok(0)) => Err(Ending::Protocol(self.session.eof())),
+            Wake::Read(Ok(count)) => {
+                self.session.feed(&self.buffer[..count]).map_err(Ending::Protocol)
+            }
             Wake::Wrote(Ok(count)) => {
                 self.session.transmitted(count);
                 Ok(Vec::new())
             }
-            Wake::Read(Err(error)) | Wake::Wrote(Err(error)) => Err(error.to_string()),
+            Wake::Read(Err(error)) | Wake::Wrote(Err(error)) => {
+                Err(Ending::Socket(error.to_string()))
+            }
         }
     }
 

@@ -20,12 +20,12 @@ impl Process {
     /// Runs the command with a QMP monitor at `folder/qmp.sock`, and waits for the socket.
     pub fn start(mut command: Command, folder: &Path) -> io::Result<Self> {
         let monitor = folder.join("qmp.sock");
-        let chardev = format!("socket,id=icqmp,path={},server=on,wait=off", monitor.display());
-        let is_daemon = command.get_program().to_string_lossy().contains("storage-daemon");
-        if is_daemon {
+        let socket = format!("path={},server=on,wait=off", monitor.display());
+        if command.get_program().to_string_lossy().contains("storage-daemon") {
+            let chardev = format!("socket,id=icqmp,{socket}");
             command.args(["--chardev", &chardev, "--monitor", "chardev=icqmp"]);
         } else {
-            command.args(["-chardev", &chardev, "-mon", "chardev=icqmp,mode=control"]);
+            command.arg("-qmp").arg(format!("unix:{socket}"));
         }
         let child = command.stdin(Stdio::null()).current_dir(folder).spawn()?;
         let mut process = Self { child, monitor };
