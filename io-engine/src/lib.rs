@@ -10,23 +10,36 @@
 //! what a failed run has read is never used.
 
 mod backend;
+mod backup;
 pub mod budget;
 mod buffer;
 pub mod control;
 pub mod error;
 pub mod lane;
 pub mod limits;
+mod pipeline;
 pub mod plan;
 mod priority;
+mod prove;
+mod restore;
+mod source;
 mod stats;
 pub mod wire;
 
 pub use backend::{Engine, EngineChoice, LaneSet};
+pub use backup::{BackupStats, backup};
 pub use budget::{Budget, BudgetError, Reservation};
 pub use control::{Control, Progress};
 pub use error::{Cause, EngineError, Span};
 pub use lane::Lane;
+pub use pipeline::Options;
 pub use plan::{PlanError, PlanItem, ReadItem};
 pub use priority::Priority;
+pub use prove::{Differing, HashStats, compare_blocks, dry_run, whole_disk};
+pub use restore::{RestoreStats, TargetState, Verify, restore};
+pub use source::{BlockRange, BlockRanges, RangesOf};
 pub use stats::Latency;
 pub use wire::{Op, Want, Wire, WireError, WireErrorKind};
+
+#[cfg(test)]
+mod end_to_end;

@@ -24,6 +24,9 @@ pub const WAKE: Duration = Duration::from_millis(200);
 /// A lane that has requests outstanding and completes none for so long has failed.
 pub const STALL_AFTER: Duration = Duration::from_secs(60);
 
+/// How many times [`STALL_AFTER`] a flush may take: it writes out whatever the server has cached.
+pub(crate) const FLUSH_PATIENCE: u32 = 10;
+
 /// How long the end of a failed run waits for IO that the kernel still holds before it gives the
 /// memory that this IO names away for good.
 pub(crate) const DRAIN_AFTER_FAILURE: Duration = Duration::from_secs(5);

@@ -83,11 +83,6 @@ impl LaneSet {
         self.lanes
     }
 
-    /// Number of lanes.
-    pub(crate) fn count(&self) -> usize {
-        self.count
-    }
-
     /// Threads that will take requests.
     pub(crate) fn threads(&self) -> usize {
         match self.engine {
@@ -106,6 +101,19 @@ impl LaneSet {
         }
         let wanted = most.min(MAX_REQUEST);
         Ok((wanted - wanted % block).max(block))
+    }
+
+    /// Calls `body` with each lane alone; stops at the first error, with all lanes closed.
+    pub(crate) fn each_lane(
+        &mut self,
+        mut body: impl FnMut(&mut LaneSet) -> Result<(), EngineError>,
+    ) -> Result<(), EngineError> {
+        for lane in std::mem::take(&mut self.lanes) {
+            let mut single = LaneSet { lanes: vec![lane], engine: self.engine, count: 1 };
+            body(&mut single)?;
+            self.lanes.append(&mut single.lanes);
+        }
+        Ok(())
     }
 
     /// Carries out what comes out of `intake` until it ends and everything is complete.

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::{Completion, Request};
 use crate::error::{Cause, EngineError};
-use crate::limits::ZERO_STEP;
+use crate::limits::{FLUSH_PATIENCE, ZERO_STEP};
 use crate::stats::Latency;
 use crate::wire::Op;
 
@@ -140,11 +140,15 @@ impl<N> Slots<N> {
 
     /// The error of a lane that has completed nothing for `limit`.
     pub(super) fn stalled(&self, lane: usize, limit: Duration) -> Option<EngineError> {
-        if self.in_flight() == 0 || self.moved.elapsed() < limit {
+        let still = self.moved.elapsed();
+        if self.in_flight() == 0 || still < limit {
             return None;
         }
         let oldest = self.slots.iter().flatten().min_by_key(|slot| slot.started)?;
         let (op, span) = (oldest.request.op, oldest.request.span());
-        Some(EngineError::Stalled { lane, seconds: limit.as_secs(), op, span })
+        if op == Op::Flush && still < limit * FLUSH_PATIENCE {
+            return None;
+        }
+        Some(EngineError::Stalled { lane, seconds: still.as_secs(), op, span })
     }
 }

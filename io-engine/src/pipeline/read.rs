@@ -1,0 +1,261 @@
+//! Reader -> parallel workers -> ordered sink.
+//!
+//! Five kinds of threads: the planner (cuts the plan into requests, reserves the memory of each,
+//! asks the repository what it must), the IO threads (which do nothing that could keep a reply
+//! waiting), the workers, and the sink. Memory and places are reserved by the planner in ascending
+//! order, so whatever the sink waits for already has all that it needs: no deadlock.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+
+use super::ordered::Reorder;
+use super::{Options, spawn};
+use crate::backend::{Completion, Feed, LaneSet, Request, queue};
+use crate::budget::{Budget, Reservation};
+use crate::buffer::Pool;
+use crate::control::{Halt, Pacer, pace};
+use crate::error::EngineError;
+use crate::limits::ITEM_COST;
+use crate::plan::{Blocks, Kind, PlanError, Run};
+use crate::stats::Latency;
+use crate::wire::Op;
+
+/// What a job adds to the reading.
+///
+/// `prepare` and `sink` see the runs in ascending order, each in a thread of its own.
+pub(crate) struct Job<Prepare, Worker, Sink> {
+    /// Asked for each run before it is read.
+    pub(crate) prepare: Prepare,
+    /// One for each worker thread: from what was read to what the sink takes, with the bytes of
+    /// memory that the latter holds.
+    pub(crate) workers: Vec<Worker>,
+    /// Takes the results; `None` for a run of zeroes, which is not read.
+    pub(crate) sink: Sink,
+    /// Whether results hold up to as much memory as what was read.
+    pub(crate) heavy: bool,
+}
+
+/// A run of blocks that has been read.
+pub(crate) struct Piece<'a, P> {
+    pub(crate) run: Run,
+    pub(crate) disk: Blocks,
+    pub(crate) prepared: P,
+    /// `None` where the source says that all of it is a hole.
+    bytes: Option<&'a [u8]>,
+}
+
+impl<P> Piece<'_, P> {
+    /// The content of the `nth` block of the run; `None` if it is zero.
+    pub(crate) fn block(&self, nth: u64) -> Option<&[u8]> {
+        let whole = self.disk.span(self.run.first, self.run.count);
+        let block = self.disk.span(self.run.first + nth, 1);
+        // Both lie within one request, so within 32 bits.
+        let from = (block.offset - whole.offset) as usize;
+        self.bytes?.get(from..from + block.len as usize)
+    }
+}
+
+/// What travels with a request.
+struct Note<P> {
+    seq: u64,
+    run: Run,
+    prepared: P,
+    hold: Reservation,
+}
+
+/// What arrives at the sink.
+struct Outcome<T> {
+    run: Run,
+    out: Option<T>,
+    /// Given back when the sink is done with it.
+    _hold: Reservation,
+}
+
+/// The parts that all threads of one run share.
+struct Shared<'a> {
+    halt: &'a Halt,
+    disk: Blocks,
+    pool: Pool,
+    /// Places between planner and sink: results and their order.
+    places: Arc<Budget>,
+    per_request: u64,
+    heavy: bool,
+}
+
+/// Reads the runs of `plan` from `set` and carries out `job` with them.
+///
+/// # Errors
+/// The first error of any thread; nothing of what the job has produced may then be used.
+pub(crate) fn read<P, T, Prepare, Worker, Sink>(
+    set: &mut LaneSet,
+    disk: Blocks,
+    plan: impl Iterator<Item = Result<Run, PlanError>> + Send,
+    options: &Options,
+    mut job: Job<Prepare, Worker, Sink>,
+) -> Result<Latency, EngineError>
+where
+    P: Send,
+    T: Send,
+    Prepare: FnMut(Run) -> Result<P, EngineError> + Send,
+    Worker: FnMut(Piece<'_, P>) -> Result<(T, u64), EngineError> + Send,
+    Sink: FnMut(Run, Option<T>) -> Result<(), EngineError> + Send,
+{
+    let halt = &Halt::new(options.control.clone());
+    let request = set.request_bytes(disk.block)?;
+    let _memory = options.take_memory(halt, request)?;
+    let places = options.memory / if job.heavy { 2 } else { 8 };
+    let shared = &Shared {
+        halt,
+        disk,
+        pool: Pool::new(options.memory - places),
+        places: Budget::new(places),
+        per_request: disk.per_request(request),
+        heavy: job.heavy,
+    };
+    let (feed, intake) = queue::<Note<P>>(set.threads())?;
+    let (read_in, read_out) = unbounded::<Completion<Note<P>>>();
+    let (done_in, done_out) = unbounded::<(u64, Outcome<T>)>();
+    let latency = std::thread::scope(|scope| {
+        let (priority, zeroes) = (options.priority, done_in.clone());
+        let mut prepare = job.prepare;
+        spawn(scope, halt, "icecore-plan", move || {
+            priority.apply();
+            shared.plan(plan, &mut prepare, &feed, &zeroes)
+        });
+        for mut worker in job.workers {
+            let (from, to) = (read_out.clone(), done_in.clone());
+            spawn(scope, halt, "icecore-work", move || {
+                priority.apply();
+                shared.work(&mut worker, &from, &to)
+            });
+        }
+        drop((read_out, done_in));
+        let sink = &mut job.sink;
+        spawn(scope, halt, "icecore-sink", move || {
+            priority.apply();
+            shared.sink(sink, &done_out)
+        });
+        let io = spawn(scope, halt, "icecore-io", move || {
+            let progress = &halt.control.progress;
+            Ok(set.run(intake, halt, &|done: Completion<Note<P>>| {
+                progress.read_bytes.fetch_add(u64::from(done.request.len), Relaxed);
+                // Nobody listens only after a failure.
+                drop(read_in.send(done));
+            }))
+        });
+        io.and_then(|io| io.join().ok().flatten())
+    });
+    halt.outcome()?;
+    Ok(latency.unwrap_or_default())
+}
+
+impl Shared<'_> {
+    fn plan<P, T>(
+        &self,
+        plan: impl Iterator<Item = Result<Run, PlanError>>,
+        prepare: &mut impl FnMut(Run) -> Result<P, EngineError>,
+        feed: &Feed<Note<P>>,
+        zeroes: &Sender<(u64, Outcome<T>)>,
+    ) -> Result<(), EngineError> {
+        let (mut seq, mut pacer) = (0, Pacer::default());
+        for run in plan {
+            let run = run?;
+            if run.kind == Kind::Zero {
+                let hold = self.places.reserve(ITEM_COST, || self.halt.stopped())?;
+                drop(zeroes.send((seq, Outcome { run, out: None, _hold: hold })));
+                seq += 1;
+                continue;
+            }
+            let mut first = run.first;
+            while first < run.first + run.count {
+                let count = self.per_request.min(run.first + run.count - first);
+                let piece = Run { first, count, ..run };
+                self.ask(seq, piece, prepare, feed, &mut pacer)?;
+                first += count;
+                seq += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reserves all that one piece will need on its way, then has it read.
+    fn ask<P>(
+        &self,
+        seq: u64,
+        run: Run,
+        prepare: &mut impl FnMut(Run) -> Result<P, EngineError>,
+        feed: &Feed<Note<P>>,
+        pacer: &mut Pacer,
+    ) -> Result<(), EngineError> {
+        let span = self.disk.span(run.first, run.count);
+        let results = if self.heavy { span.len } else { 0 };
+        let hold = self.places.reserve(place_bytes(run.count) + results, || self.halt.stopped())?;
+        let prepared = prepare(run)?;
+        pace(pacer, self.halt, span.len);
+        // A request is at most 32 bits long.
+        let len = span.len as u32;
+        let buf = self.pool.get(len as usize, || self.halt.stopped())?;
+        let note = Note { seq, run, prepared, hold };
+        feed.send(
+            Request { op: Op::Read, offset: span.offset, len, buf: Some(buf), note },
+            self.halt,
+        )
+    }
+
+    fn work<P, T>(
+        &self,
+        worker: &mut impl FnMut(Piece<'_, P>) -> Result<(T, u64), EngineError>,
+        from: &Receiver<Completion<Note<P>>>,
+        to: &Sender<(u64, Outcome<T>)>,
+    ) -> Result<(), EngineError> {
+        for Completion { request, hole } in from {
+            if self.halt.stopped() {
+                continue;
+            }
+            let Note { seq, run, prepared, mut hold } = request.note;
+            let bytes = if hole { None } else { request.buf.as_deref() };
+            let piece = Piece { run, disk: self.disk, prepared, bytes };
+            let (out, held) = worker(piece)?;
+            drop(request.buf);
+            hold.shrink_to(place_bytes(run.count) + held);
+            drop(to.send((seq, Outcome { run, out: Some(out), _hold: hold })));
+        }
+        Ok(())
+    }
+
+    fn sink<T>(
+        &self,
+        sink: &mut impl FnMut(Run, Option<T>) -> Result<(), EngineError>,
+        from: &Receiver<(u64, Outcome<T>)>,
+    ) -> Result<(), EngineError> {
+        let mut reorder = Reorder::new();
+        for (seq, result) in from {
+            if self.halt.stopped() {
+                continue;
+            }
+            reorder.insert(seq, result);
+            while let Some(Outcome { run, out, _hold }) = reorder.pop() {
+                let zero = out.is_none();
+                sink(run, out)?;
+                let bytes = self.disk.span(run.first, run.count).len;
+                let progress = &self.halt.control.progress;
+                progress.done_bytes.fetch_add(bytes, Relaxed);
+                if zero {
+                    progress.zero_bytes.fetch_add(bytes, Relaxed);
+                }
+            }
+        }
+        if !reorder.is_empty() && !self.halt.stopped() {
+            return Err(EngineError::Lanes("a part of the disk got lost on its way".into()));
+        }
+        Ok(())
+    }
+}
+
+/// Memory that a run of `count` blocks takes between planner and sink beside its data: ids,
+/// parents, places.
+fn place_bytes(count: u64) -> u64 {
+    ITEM_COST + count * 128
+}

@@ -1,0 +1,179 @@
+//! Steps -> parallel decoders -> writer.
+//!
+//! Writes need no order among themselves, so a decoded buffer goes straight to the lanes.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use icecore_repository::{BlockIndex, Entry};
+
+use super::{Options, spawn};
+use crate::backend::{Completion, Feed, LaneSet, Request, queue};
+use crate::buffer::{Buffer, Pool};
+use crate::control::{Halt, Pacer, pace};
+use crate::error::{EngineError, Span};
+use crate::limits::MAX_EFFECT;
+use crate::plan::Blocks;
+use crate::stats::Latency;
+use crate::wire::Op;
+
+/// One step of a restore, in whole blocks.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Consecutive DATA blocks, at most one request long.
+    Data(Vec<Entry>),
+    /// A run that must read as zeroes.
+    Zero { first: u64, count: u64 },
+}
+
+/// Fetches the blocks of entries into a buffer that they fill exactly.
+pub(crate) trait Fetch: Send {
+    fn fetch(
+        &mut self,
+        first: BlockIndex,
+        entries: &[Entry],
+        out: &mut [u8],
+    ) -> icecore_repository::Result<()>;
+}
+
+impl Fetch for icecore_repository::BlockDecoder {
+    fn fetch(
+        &mut self,
+        first: BlockIndex,
+        entries: &[Entry],
+        out: &mut [u8],
+    ) -> icecore_repository::Result<()> {
+        self.read_many(first, entries, out)
+    }
+}
+
+/// A buffer to be filled and written.
+struct Task {
+    entries: Vec<Entry>,
+    span: Span,
+    buf: Buffer,
+}
+
+struct Shared<'a> {
+    halt: &'a Halt,
+    disk: Blocks,
+    pool: Pool,
+}
+
+/// Carries out `steps` on `set`; everything is written, nothing is flushed when it returns.
+pub(crate) fn write(
+    set: &mut LaneSet,
+    disk: Blocks,
+    steps: impl Iterator<Item = Result<Step, EngineError>> + Send,
+    fetchers: Vec<impl Fetch>,
+    options: &Options,
+) -> Result<Latency, EngineError> {
+    let halt = &Halt::new(options.control.clone());
+    let request = set.request_bytes(disk.block)?;
+    let _memory = options.take_memory(halt, request)?;
+    let shared = &Shared { halt, disk, pool: Pool::new(options.memory) };
+    let (feed, intake) = queue::<()>(set.threads())?;
+    let (task_in, task_out) = unbounded::<Task>();
+    let latency = std::thread::scope(|scope| {
+        let (priority, zeroes) = (options.priority, feed.clone());
+        spawn(scope, halt, "icecore-plan", move || {
+            priority.apply();
+            shared.plan(steps, &zeroes, &task_in)
+        });
+        for mut fetcher in fetchers {
+            let (from, to) = (task_out.clone(), feed.clone());
+            spawn(scope, halt, "icecore-work", move || {
+                priority.apply();
+                shared.work(&mut fetcher, &from, &to)
+            });
+        }
+        drop((task_out, feed));
+        let io = spawn(scope, halt, "icecore-io", move || {
+            Ok(set.run(intake, halt, &|done: Completion<()>| count(halt, &done.request)))
+        });
+        io.and_then(|io| io.join().ok().flatten())
+    });
+    halt.outcome()?;
+    Ok(latency.unwrap_or_default())
+}
+
+fn count(halt: &Halt, request: &Request<()>) {
+    let (progress, bytes) = (&halt.control.progress, u64::from(request.len));
+    progress.done_bytes.fetch_add(bytes, Relaxed);
+    if request.op != Op::Write {
+        progress.zero_bytes.fetch_add(bytes, Relaxed);
+    }
+}
+
+impl Shared<'_> {
+    fn plan(
+        &self,
+        steps: impl Iterator<Item = Result<Step, EngineError>>,
+        zeroes: &Feed<()>,
+        tasks: &Sender<Task>,
+    ) -> Result<(), EngineError> {
+        let mut pacer = Pacer::default();
+        for step in steps {
+            match step? {
+                Step::Zero { first, count } => self.zero(self.disk.span(first, count), zeroes)?,
+                Step::Data(entries) => {
+                    let Some(first) = entries.first() else { continue };
+                    let span = self.disk.span(first.index.0, entries.len() as u64);
+                    pace(&mut pacer, self.halt, span.len);
+                    // At most one request, so within 32 bits.
+                    let buf = self.pool.get(span.len as usize, || self.halt.stopped())?;
+                    drop(tasks.send(Task { entries, span, buf }));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn zero(&self, span: Span, feed: &Feed<()>) -> Result<(), EngineError> {
+        let mut done = 0;
+        while done < span.len {
+            let len = (span.len - done).min(u64::from(MAX_EFFECT));
+            let op = Op::WriteZeroes { may_trim: true };
+            let offset = span.offset + done;
+            let request = Request { op, offset, len: len as u32, buf: None, note: () };
+            feed.send(request, self.halt)?;
+            done += len;
+        }
+        Ok(())
+    }
+
+    fn work(
+        &self,
+        fetcher: &mut impl Fetch,
+        from: &Receiver<Task>,
+        to: &Feed<()>,
+    ) -> Result<(), EngineError> {
+        for Task { entries, span, mut buf } in from {
+            if self.halt.stopped() {
+                continue;
+            }
+            let failed = |source| EngineError::Repository { span, source };
+            let first = entries.first().map_or(BlockIndex(0), |entry| entry.index);
+            fetcher.fetch(first, &entries, &mut buf).map_err(failed)?;
+            let (offset, len) = (span.offset, span.len as u32);
+            to.send(Request { op: Op::Write, offset, len, buf: Some(buf), note: () }, self.halt)?;
+        }
+        Ok(())
+    }
+}
+
+/// Makes what was written durable, on each lane in turn: a server may promise nothing across
+/// connections.
+pub(crate) fn flush(set: &mut LaneSet, options: &Options) -> Result<Latency, EngineError> {
+    let halt = &Halt::new(options.control.clone());
+    let mut latency = Latency::default();
+    set.each_lane(|single| {
+        let (feed, intake) = queue::<()>(1)?;
+        let request = Request { op: Op::Flush, offset: 0, len: 0, buf: None, note: () };
+        feed.send(request, halt)?;
+        drop(feed);
+        latency.merge(&single.run(intake, halt, &|_| {}));
+        halt.outcome()
+    })?;
+    Ok(latency)
+}
