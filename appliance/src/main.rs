@@ -1,2 +1,35 @@
-//! The icecore binary.
-fn main() {}
+//! `icecore`: backup, restore and rollback of QEMU/KVM guests, from the command line.
+//!
+//! This package is the only one that knows the command line, configuration, tables and exit
+//! statuses. It joins the four libraries: `qmp` fixes an instant, `nbd-client` speaks to its
+//! exports, `io-engine` moves the bytes, `repository` keeps them.
+
+mod backup;
+mod capture;
+mod cli;
+mod commands;
+mod config;
+mod context;
+mod data;
+mod export;
+mod failure;
+mod guardian_process;
+mod image;
+mod interrupt;
+mod job;
+mod names;
+mod nbd;
+mod output;
+mod points;
+mod progress;
+mod recovery;
+mod report;
+mod restore;
+mod state;
+mod target;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::run()
+}

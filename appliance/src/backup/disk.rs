@@ -1,0 +1,290 @@
+//! Reading one disk of the instant into the point.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use icecore_io_engine::{BackupStats, EngineError, LaneSet, PlanItem, ReadItem};
+use icecore_nbd_client::Control;
+use icecore_qmp::bitmap::BitmapName;
+use icecore_repository::{DiskId, DiskMeta, DiskStart, PointWriter};
+
+use super::{Backup, Chosen, fallback_refused, granularity};
+use crate::capture::changes::{self, Scope};
+use crate::capture::decide::Decision;
+use crate::capture::trust::{self, Trial};
+use crate::capture::{Capture, Readable};
+use crate::data;
+use crate::failure::{Failure, Outcome};
+use crate::nbd;
+use crate::progress::{Meter, Progress};
+use crate::report::Latency;
+
+/// What came of one disk.
+#[derive(Debug, Clone)]
+pub struct DiskResult {
+    pub id: DiskId,
+    pub decision: Decision,
+    pub size_bytes: u64,
+    pub dirty_bytes: u64,
+    pub read_bytes: u64,
+    pub zero_bytes: u64,
+    pub new_bytes: u64,
+    pub stored_bytes: u64,
+    pub sampled_blocks: u64,
+    pub latency: Latency,
+    pub took: Duration,
+    identity: String,
+    granularity: u64,
+}
+
+impl DiskResult {
+    /// The facts that the manifest keeps.
+    pub fn meta(&self, bitmap: Option<&BitmapName>) -> DiskMeta {
+        DiskMeta {
+            disk: self.id.clone(),
+            mode: self.decision.mode(),
+            reason: self.decision.doubt.map(|doubt| doubt.name().to_owned()),
+            dirty_bytes: self.dirty_bytes,
+            read_bytes: self.read_bytes,
+            zero_bytes: self.zero_bytes,
+            sampled_blocks: self.sampled_blocks,
+            identity: self.identity.clone(),
+            bitmap: bitmap.map(ToString::to_string),
+            granularity: bitmap.map(|_| self.granularity),
+            seconds: self.took.as_secs_f64(),
+            extra: serde_json::Map::new(),
+        }
+    }
+}
+
+/// What the data plane did, stored or not.
+struct Moved {
+    read_bytes: u64,
+    zero_bytes: u64,
+    new_bytes: u64,
+    stored_bytes: u64,
+    latency: Latency,
+}
+
+impl<C: Capture> Backup<'_, C> {
+    /// Reads the `at`-th chosen disk.
+    pub(super) async fn read_disk(
+        &mut self,
+        at: usize,
+        disk: &Chosen,
+        writer: &PointWriter,
+    ) -> Outcome<DiskResult> {
+        let started = Instant::now();
+        let readable = self.capture.open(at, disk.decision.base.as_ref()).await?;
+        let (decision, trial) = self.trusted(at, disk, &readable).await?;
+        let readable = match (&decision.base, &disk.decision.base) {
+            (None, Some(_)) => self.capture.open(at, None).await?,
+            _ => readable,
+        };
+        if let Some(doubt) = decision.doubt {
+            tracing::info!(disk = %disk.seen.id, reason = doubt.name(), "read whole: {doubt}");
+        }
+        let (moved, dirty_bytes) = self.move_data(disk, &decision, &readable, writer).await?;
+        let identity = match self.parent_identity(&decision, &disk.seen.id)? {
+            Some(parent) => disk.seen.identity_beside(&parent).to_string(),
+            None => disk.seen.identity.to_string(),
+        };
+        Ok(DiskResult {
+            id: disk.seen.id.clone(),
+            size_bytes: readable.size_bytes,
+            dirty_bytes: if decision.base.is_some() { dirty_bytes } else { readable.size_bytes },
+            decision,
+            read_bytes: moved.read_bytes + trial.read_bytes,
+            zero_bytes: moved.zero_bytes,
+            new_bytes: moved.new_bytes,
+            stored_bytes: moved.stored_bytes,
+            sampled_blocks: trial.sampled_blocks,
+            latency: moved.latency,
+            took: started.elapsed(),
+            identity,
+            granularity: granularity(self.repository).bytes(),
+        })
+    }
+
+    fn parent_identity(
+        &self,
+        decision: &Decision,
+        disk: &DiskId,
+    ) -> Outcome<Option<icecore_qmp::inventory::Identity>> {
+        let Some(parent) = &decision.parent else { return Ok(None) };
+        let point = self
+            .repository
+            .point(parent)
+            .map_err(|e| Failure::from_repository(self.tried(), e))?;
+        let meta = point.meta.disks.into_iter().find(|meta| &meta.disk == disk);
+        Ok(meta.map(|meta| icecore_qmp::inventory::Identity(meta.identity)))
+    }
+
+    /// Tests the bitmap that the decision relies on; what contradicts it makes the read whole.
+    async fn trusted(
+        &self,
+        at: usize,
+        disk: &Chosen,
+        readable: &Readable,
+    ) -> Outcome<(Decision, Trial)> {
+        let decision = disk.decision.clone();
+        let untested = Trial { doubt: None, sampled_blocks: 0, read_bytes: 0 };
+        let (Some(base), Some(parent)) = (&decision.base, &decision.parent) else {
+            return Ok((decision, untested));
+        };
+        let failed = |e| Failure::from_repository(self.tried(), e);
+        let point = self.repository.point(parent).map_err(failed)?;
+        let reader = self.repository.disk_reader(&point, &disk.seen.id).map_err(failed)?;
+        let trial = trust::test(
+            self.repository,
+            &reader,
+            readable,
+            base,
+            self.request.paranoid,
+            &self.tried(),
+        )
+        .await?;
+        match trial.doubt {
+            None => Ok((decision, trial)),
+            Some(doubt) => {
+                tracing::warn!(disk = %disk.seen.id, at, "{doubt}; the disk is read whole");
+                if self.request.strict {
+                    return Err(fallback_refused(self.tried(), &disk.seen.id, doubt));
+                }
+                Ok((decision.whole(doubt), trial))
+            }
+        }
+    }
+
+    async fn move_data(
+        &self,
+        disk: &Chosen,
+        decision: &Decision,
+        readable: &Readable,
+        writer: &PointWriter,
+    ) -> Outcome<(Moved, u64)> {
+        let tried = format!("read disk {} of {}", disk.seen.id, self.request.vm);
+        let control = nbd::control(&readable.uri, readable.dirty.as_deref(), &tried).await?;
+        require_size(&control, readable.size_bytes, &tried)?;
+        let lanes = nbd::lanes(&readable.uri, &tried).await?;
+        let mut set = LaneSet::new(lanes, self.context.engine)
+            .map_err(|e| Failure::failed(&tried, e))?;
+        let scope = match (&decision.base, &readable.dirty) {
+            (Some(base), Some(name)) => {
+                Scope::Bitmap { name: name.clone(), grown_from: base.size_bytes }
+            }
+            _ => Scope::Whole,
+        };
+        let changes = changes::stream(control, scope, readable.size_bytes);
+        let (items, counted) = Counted::new(changes);
+        let mut options = data::options(self.context, &self.interrupt.flag());
+        options.control.pulse = self.job.pulse();
+        if let Some(rate) = self.request.rate_limit {
+            options.control.rate.store(rate, Ordering::Relaxed);
+        }
+        let label = format!("{} {}", self.request.vm, disk.seen.id);
+        let meter = Meter::new(readable.size_bytes, Arc::clone(&options.control.progress));
+        let _shown = Progress::show(label, meter, self.context.quiet);
+        let (size, block_size) = (readable.size_bytes, self.repository.block_size());
+        let moved = if self.request.dry_run {
+            let hasher = self.repository.hasher();
+            data::blocking(move || {
+                icecore_io_engine::dry_run(&mut set, size, block_size, hasher, items, &options)
+                    .map(|stats| Moved {
+                        read_bytes: options.control.progress.read_bytes.load(Ordering::Relaxed),
+                        zero_bytes: options.control.progress.zero_bytes.load(Ordering::Relaxed),
+                        new_bytes: 0,
+                        stored_bytes: 0,
+                        latency: data::latency(&stats.latency),
+                    })
+            })
+            .await
+        } else {
+            let start = DiskStart {
+                disk: disk.seen.id.clone(),
+                size_bytes: size,
+                parent: decision.parent.clone(),
+            };
+            let disk_writer =
+                writer.disk(start).map_err(|e| Failure::from_repository(&tried, e))?;
+            data::blocking(move || {
+                let stats = icecore_io_engine::backup(
+                    &mut set, size, block_size, disk_writer, items, &options, |_| {},
+                );
+                stats.map(|stats| moved(&stats))
+            })
+            .await
+        };
+        let moved = moved.map_err(|e| data_failure(&tried, e))?;
+        Ok((moved, counted.load(Ordering::Relaxed)))
+    }
+}
+
+fn moved(stats: &BackupStats) -> Moved {
+    Moved {
+        read_bytes: stats.read_bytes,
+        zero_bytes: stats.summary.zero_bytes,
+        new_bytes: stats.summary.new_bytes,
+        stored_bytes: stats.summary.stored_bytes,
+        latency: data::latency(&stats.latency),
+    }
+}
+
+/// The size is asked again where the data come from: a disk that changed since is not read.
+fn require_size(control: &Control, size: u64, tried: &str) -> Outcome<()> {
+    match control.export().size_bytes {
+        found if found == size => Ok(()),
+        found => {
+            let why = format!("the disk changed its size from {size} to {found} bytes");
+            Err(Failure::failed(tried, why).next("take the backup again"))
+        }
+    }
+}
+
+/// What a failed read means for the user.
+fn data_failure(tried: &str, error: EngineError) -> Failure {
+    let text = error.to_string();
+    match error {
+        EngineError::Cancelled => Failure::interrupted(tried),
+        EngineError::Repository { source, .. } => Failure::from_repository(tried, source),
+        EngineError::Io { cause: icecore_io_engine::Cause::Wire(wire), .. }
+            if wire.errno == Some(rustix::io::Errno::INVAL.raw_os_error()) =>
+        {
+            Failure::failed(
+                tried,
+                format!(
+                    "QEMU gave the snapshot up ({text}): the scratch is full, or its storage \
+                     answered too slowly for the guest's writes, which went on"
+                ),
+            )
+            .next("give more room with --scratch-limit or another --scratch directory")
+        }
+        _ => Failure::failed(tried, text),
+    }
+}
+
+/// Counts the bytes that a plan names while it passes them on.
+struct Counted<I> {
+    items: I,
+    dirty: Arc<std::sync::atomic::AtomicU64>,
+}
+
+impl<I> Counted<I> {
+    fn new(items: I) -> (Self, Arc<std::sync::atomic::AtomicU64>) {
+        let dirty = Arc::default();
+        (Self { items, dirty: Arc::clone(&dirty) }, dirty)
+    }
+}
+
+impl<I: Iterator<Item = PlanItem>> Iterator for Counted<I> {
+    type Item = PlanItem;
+
+    fn next(&mut self) -> Option<PlanItem> {
+        let item = self.items.next()?;
+        if let Ok(ReadItem::Data(span) | ReadItem::Zero(span)) = &item {
+            self.dirty.fetch_add(span.len, Ordering::Relaxed);
+        }
+        Some(item)
+    }
+}

@@ -1,0 +1,312 @@
+//! A backup from beginning to end, whatever kind of capture it reads from.
+//!
+//! Order: decide, take the instant, read, let go of the instant, commit, put the bitmaps in order.
+
+mod disk;
+mod report;
+
+use std::time::Instant;
+
+use icecore_qmp::bitmap::{BitmapName, Granularity, NamePart};
+use icecore_repository::{
+    BeginPoint, ChainChoice, ChainId, DiskId, DiskMeta, Error as RepositoryError, Point, PointMeta,
+    PointWriter, Repository, VmName, WriterInfo,
+};
+use jiff::Timestamp;
+
+use crate::capture::decide::{Decision, Level, decide};
+use crate::capture::{Capture, Fate, SeenDisk, Taken, Task};
+use crate::context::Context;
+use crate::failure::{Failure, Outcome};
+use crate::interrupt::Interrupt;
+use crate::job::Job;
+use crate::report::{BackupReport, Unprotected};
+use crate::state::JobStatus;
+
+/// What the user asked for, validated.
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub vm: VmName,
+    pub level: Level,
+    pub disks: Vec<DiskId>,
+    pub exclude: Vec<DiskId>,
+    pub chain: Option<ChainId>,
+    pub label: Option<String>,
+    pub description: Option<String>,
+    pub rate_limit: Option<u64>,
+    /// Fail when a disk would be read whole although it has a parent.
+    pub strict: bool,
+    pub paranoid: bool,
+    pub dry_run: bool,
+}
+
+/// A disk that will be in the point.
+struct Chosen {
+    index: usize,
+    seen: SeenDisk,
+    decision: Decision,
+}
+
+/// Everything that the steps of one backup share.
+pub struct Backup<'a, C> {
+    pub context: &'a Context,
+    pub repository: &'a Repository,
+    pub request: &'a Request,
+    pub capture: &'a mut C,
+    pub job: &'a mut Job,
+    pub interrupt: &'a Interrupt,
+}
+
+impl<C: Capture> Backup<'_, C> {
+    /// Takes the point. Whatever happens, the instant is let go of and the bitmaps are in order
+    /// when this returns.
+    pub async fn run(mut self) -> Outcome<BackupReport> {
+        let started = Instant::now();
+        let created_at = self.job.record.started_at;
+        let chosen = self.choose()?;
+        let writer = self.begin(&chosen)?;
+        let bitmaps = self.bitmaps(&chosen, &writer)?;
+        let tasks: Vec<Task> = chosen
+            .iter()
+            .zip(&bitmaps)
+            .map(|(disk, bitmap)| Task {
+                index: disk.index,
+                base: disk.decision.base.clone(),
+                bitmap: bitmap.clone(),
+            })
+            .collect();
+        let read = self.capture_and_read(&chosen, &tasks, &writer).await;
+        let (taken, disks) = match read {
+            Ok(read) => read,
+            Err(failure) => return Err(self.give_up(writer, failure).await),
+        };
+        let metas = disks.iter().zip(&bitmaps).map(|(disk, bitmap)| disk.meta(bitmap.as_ref()));
+        let meta = self.meta(created_at, &taken, metas.collect());
+        let unprotected = self.unprotected(&chosen);
+        let chain = writer.chain().to_string();
+        if self.request.dry_run {
+            writer.abort();
+            self.capture.settle(Fate::NotCommitted).await?;
+            return Ok(report::dry(self.job, &meta, disks, unprotected, started.elapsed()));
+        }
+        let point = self.commit(writer, meta, chain).await?;
+        Ok(report::committed(self.job, &point, disks, unprotected, started.elapsed()))
+    }
+
+    fn tried(&self) -> String {
+        format!("back up {} to {}", self.request.vm, self.job.record.repository)
+    }
+
+    /// Picks the disks and decides how each is read; nothing is changed yet.
+    fn choose(&self) -> Outcome<Vec<Chosen>> {
+        let seen = self.capture.disks();
+        for named in self.request.disks.iter().chain(&self.request.exclude) {
+            if !seen.iter().any(|disk| &disk.id == named) {
+                let there: Vec<_> = seen.iter().map(|disk| disk.id.to_string()).collect();
+                let why = format!("the VM has no disk {named}; it has {}", there.join(", "));
+                return Err(Failure::usage(self.tried(), why));
+            }
+        }
+        let chain = self.chain()?;
+        let mut chosen = Vec::new();
+        for (index, disk) in seen.iter().enumerate() {
+            let named = self.request.disks.contains(&disk.id);
+            if !self.is_wanted(disk) {
+                continue;
+            }
+            match &disk.refusal {
+                Some(why) if named => {
+                    return Err(Failure::refused(self.tried(), format!("disk {}: {why}", disk.id)));
+                }
+                Some(_) => continue,
+                None => {}
+            }
+            let decision = decide(self.request.level, disk, self.parent(chain.as_ref(), disk)?.as_ref());
+            chosen.push(Chosen { index, seen: disk.clone(), decision });
+        }
+        if chosen.is_empty() {
+            return Err(Failure::refused(self.tried(), "no disk of the VM can be backed up")
+                .next("see 'icecore vm show' for the reason of each"));
+        }
+        self.require_no_fallback(&chosen)?;
+        Ok(chosen)
+    }
+
+    fn is_wanted(&self, disk: &SeenDisk) -> bool {
+        let named = self.request.disks.is_empty() || self.request.disks.contains(&disk.id);
+        named && !self.request.exclude.contains(&disk.id)
+    }
+
+    fn require_no_fallback(&self, chosen: &[Chosen]) -> Outcome<()> {
+        let fallback = chosen.iter().find(|disk| disk.decision.is_fallback());
+        match (self.request.strict, fallback.and_then(|disk| disk.decision.doubt.zip(Some(disk)))) {
+            (true, Some((doubt, disk))) => Err(fallback_refused(self.tried(), &disk.seen.id, doubt)),
+            _ => Ok(()),
+        }
+    }
+
+    /// The chain that grows; none for a new one.
+    fn chain(&self) -> Outcome<Option<ChainId>> {
+        if self.request.level == Level::Full {
+            return Ok(None);
+        }
+        let failed = |e| Failure::from_repository(self.tried(), e);
+        let points = self.repository.points().map_err(failed)?;
+        let mut of_vm = points.iter().rev().filter(|point| point.vm == self.request.vm);
+        let found = match &self.request.chain {
+            Some(chain) => of_vm.find(|point| &point.chain == chain).map(|p| p.chain.clone()),
+            None => of_vm.next().map(|point| point.chain.clone()),
+        };
+        match (&found, &self.request.chain, self.request.level) {
+            (None, Some(chain), _) => {
+                let why = format!("{} has no chain {chain}", self.request.vm);
+                Err(Failure::refused(self.tried(), why).next("see 'icecore chain list'"))
+            }
+            (None, None, Level::Incremental) => {
+                let why = format!("{} has no chain yet, and --level incremental never starts one", self.request.vm);
+                Err(Failure::refused(self.tried(), why).next("take a first point without --level"))
+            }
+            _ => Ok(found),
+        }
+    }
+
+    fn parent(&self, chain: Option<&ChainId>, disk: &SeenDisk) -> Outcome<Option<Point>> {
+        let Some(chain) = chain else { return Ok(None) };
+        self.repository
+            .newest_with_disk(&self.request.vm, Some(chain), &disk.id)
+            .map_err(|e| Failure::from_repository(self.tried(), e))
+    }
+
+    fn begin(&mut self, chosen: &[Chosen]) -> Outcome<PointWriter> {
+        let chain = match self.chain()? {
+            Some(chain) => ChainChoice::Existing(chain),
+            None => ChainChoice::New,
+        };
+        let begin = BeginPoint { vm: self.request.vm.clone(), chain, now: Timestamp::now() };
+        let writer = self
+            .repository
+            .begin_point(begin)
+            .map_err(|e| Failure::from_repository(self.tried(), e))?;
+        let record = &mut self.job.record;
+        record.point = (!self.request.dry_run).then(|| writer.id().to_string());
+        record.chain = Some(writer.chain().to_string());
+        record.parent = chosen.iter().filter_map(|d| d.decision.parent.clone()).max().map(|p| p.to_string());
+        self.job.save(self.context)?;
+        Ok(writer)
+    }
+
+    /// The bitmap that each disk gets; none where none can record, and in a dry run.
+    fn bitmaps(
+        &self,
+        chosen: &[Chosen],
+        writer: &PointWriter,
+    ) -> Outcome<Vec<Option<BitmapName>>> {
+        let part = |text: String| NamePart::new(text).map_err(|e| Failure::failed(self.tried(), e));
+        chosen
+            .iter()
+            .map(|disk| {
+                if self.request.dry_run || !disk.seen.records {
+                    return Ok(None);
+                }
+                Ok(Some(BitmapName {
+                    repository: part(self.repository.id().to_string())?,
+                    chain: part(writer.chain().to_string())?,
+                    point: part(writer.id().to_string())?,
+                    disk: part(disk.seen.id.to_string())?,
+                }))
+            })
+            .collect()
+    }
+
+    async fn capture_and_read(
+        &mut self,
+        chosen: &[Chosen],
+        tasks: &[Task],
+        writer: &PointWriter,
+    ) -> Outcome<(Taken, Vec<disk::DiskResult>)> {
+        let taken = self.capture.take(tasks).await?;
+        self.job.set_status(self.context, JobStatus::Captured)?;
+        let mut results = Vec::with_capacity(chosen.len());
+        for (at, disk) in chosen.iter().enumerate() {
+            self.interrupt.check(&self.tried())?;
+            results.push(self.read_disk(at, disk, writer).await?);
+        }
+        self.capture.release().await?;
+        Ok((taken, results))
+    }
+
+    /// Ends a run that failed before its commit.
+    async fn give_up(&mut self, writer: PointWriter, failure: Failure) -> Failure {
+        // The first failure is the one to report; what follows is said in the log.
+        if let Err(also) = self.capture.settle(Fate::NotCommitted).await {
+            tracing::warn!("while cleaning up: {also}");
+        }
+        writer.abort();
+        failure
+    }
+
+    fn meta(&self, created_at: Timestamp, taken: &Taken, disks: Vec<DiskMeta>) -> PointMeta {
+        PointMeta {
+            created_at,
+            captured_at: taken.captured_at,
+            label: self.request.label.clone(),
+            description: self.request.description.clone(),
+            consistency: taken.consistency.clone(),
+            capsule: self.capture.capsule(),
+            disks,
+            writer: WriterInfo {
+                host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+                version: env!("CARGO_PKG_VERSION").into(),
+            },
+            parts: Vec::new(),
+        }
+    }
+
+    async fn commit(
+        &mut self,
+        writer: PointWriter,
+        meta: PointMeta,
+        chain: String,
+    ) -> Outcome<Point> {
+        let committed = tokio::task::spawn_blocking(move || writer.commit(meta)).await;
+        let committed = committed.map_err(|e| Failure::failed(self.tried(), e))?;
+        let (fate, outcome) = match committed {
+            Ok(point) => (Fate::Committed, Ok(point)),
+            Err(e @ RepositoryError::CommitUnknown { .. }) => (Fate::Unknown, Err(e)),
+            Err(e) => (Fate::NotCommitted, Err(e)),
+        };
+        self.job.record.chain = Some(chain);
+        let settled = self.capture.settle(fate).await;
+        let point = outcome.map_err(|e| Failure::from_repository(self.tried(), e))?;
+        if let Err(failure) = settled {
+            // The point is there; a bitmap too many costs nothing but room until the next run.
+            tracing::warn!("the point is committed, but: {failure}");
+        }
+        Ok(point)
+    }
+
+    fn unprotected(&self, chosen: &[Chosen]) -> Vec<Unprotected> {
+        let mut all = self.capture.unprotected();
+        let seen = self.capture.disks().iter().enumerate();
+        for (_, disk) in seen.filter(|(index, _)| !chosen.iter().any(|c| c.index == *index)) {
+            let why = disk.refusal.clone().unwrap_or_else(|| "it was not asked for".into());
+            all.push(Unprotected { disk: disk.id.to_string(), why });
+        }
+        all
+    }
+}
+
+/// The granularity of new bitmaps: that of a point's blocks, within what QEMU allows.
+pub fn granularity(repository: &Repository) -> Granularity {
+    let block = u64::from(repository.block_size().bytes());
+    Granularity::new(block).unwrap_or(Granularity::DEFAULT)
+}
+
+fn fallback_refused(
+    tried: String,
+    disk: &DiskId,
+    doubt: icecore_qmp::bitmap::Doubt,
+) -> Failure {
+    let why = format!("disk {disk} would be read whole ({}): {doubt}", doubt.name());
+    Failure::failed(tried, why).next("allow it with --on-fallback run")
+}

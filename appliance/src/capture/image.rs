@@ -1,0 +1,269 @@
+//! The capture of a powered-off VM: its images, read without a lock.
+//!
+//! The new bitmap is added first, under the image's write lock and for milliseconds. The images are
+//! then read with force-share, so that a VM that starts meanwhile gets its disks; it is noticed at
+//! the end, and the backup fails.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use icecore_qmp::bitmap::{Bitmap, BitmapName, Granularity, NamePart, Owner};
+use icecore_qmp::inventory::Identity;
+use icecore_repository::{Consistency, ConsistencyLevel, DiskId};
+use jiff::Timestamp;
+use serde_json::json;
+
+use super::{Base, Capture, Fate, Readable, SeenDisk, Taken, Task};
+use crate::failure::{Failure, Outcome};
+use crate::image::{self, ImageInfo, Served, StorageDaemon};
+use crate::nbd;
+use crate::report::Unprotected;
+use crate::state::make_private_dir;
+
+/// An image as the user named it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Named {
+    pub id: DiskId,
+    pub path: PathBuf,
+}
+
+/// Reads `[ID=]FILE`. Without an id the file's name up to its extension is it.
+pub fn parse_named(text: &str) -> Outcome<Named> {
+    let tried = format!("use the image {text}");
+    let (id, path) = match text.split_once('=') {
+        Some((id, path)) if !id.contains('/') => (id.to_owned(), PathBuf::from(path)),
+        _ => {
+            let path = PathBuf::from(text);
+            let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+            (stem.unwrap_or_default(), path)
+        }
+    };
+    let id = id.parse().map_err(|e| {
+        Failure::usage(&tried, e).next("give the disk an id of letters and digits: ID=FILE")
+    })?;
+    let path = std::fs::canonicalize(&path).map_err(|e| Failure::failed(&tried, e))?;
+    Ok(Named { id, path })
+}
+
+/// What tells an image that was written to from one that was not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+}
+
+#[derive(Debug)]
+struct Image {
+    named: Named,
+    info: ImageInfo,
+    stamp: Option<Stamp>,
+    added: Option<BitmapName>,
+    daemon: Option<StorageDaemon>,
+}
+
+/// The capture.
+#[derive(Debug)]
+pub struct ImageCapture {
+    disks: Vec<SeenDisk>,
+    images: Vec<Image>,
+    tasks: Vec<Task>,
+    granularity: Granularity,
+    repository: NamePart,
+    dir: PathBuf,
+    tried: String,
+}
+
+impl ImageCapture {
+    /// Looks at the images; a VM that runs on one of them is refused.
+    pub fn open(
+        named: Vec<Named>,
+        repository: NamePart,
+        granularity: Granularity,
+        dir: &Path,
+        tried: &str,
+    ) -> Outcome<Self> {
+        make_private_dir(dir).map_err(|e| Failure::failed(tried, e))?;
+        let mut images = Vec::with_capacity(named.len());
+        for named in named {
+            let format = image::of_file(&named.path).map_err(|e| Failure::failed(tried, e))?;
+            image::require_unlocked(&named.path, format, tried)?;
+            let info = image::info(&named.path, format)?;
+            images.push(Image { named, info, stamp: None, added: None, daemon: None });
+        }
+        Ok(Self {
+            disks: images.iter().map(seen).collect(),
+            images,
+            tasks: Vec::new(),
+            granularity,
+            repository,
+            dir: dir.to_owned(),
+            tried: tried.to_owned(),
+        })
+    }
+
+    fn image(&mut self, at: usize) -> &mut Image {
+        let index = self.tasks[at].index;
+        &mut self.images[index]
+    }
+
+    fn add_bitmap(&mut self, at: usize) -> Outcome<()> {
+        let Some(bitmap) = self.tasks[at].bitmap.clone() else { return Ok(()) };
+        let (dir, granularity) = (self.dir.clone(), self.granularity);
+        let tried = self.tried.clone();
+        let image = self.image(at);
+        let name = bitmap.to_string();
+        image::add_bitmap(&image.named.path, &name, granularity.bytes(), image.info.size_bytes, &dir, &tried)?;
+        image.added = Some(bitmap);
+        Ok(())
+    }
+
+    /// Images that the read touched must be as they were, and nobody may hold them.
+    fn require_unchanged(&self) -> Outcome<()> {
+        for task in &self.tasks {
+            let image = &self.images[task.index];
+            let path = &image.named.path;
+            let started = || {
+                Failure::failed(
+                    &self.tried,
+                    format!("VM started: {} was taken into use while it was read", path.display()),
+                )
+                .next("back the running VM up by its QMP socket")
+            };
+            if image.stamp.is_some() && stamp(path).ok() != image.stamp {
+                return Err(started());
+            }
+            image::require_unlocked(path, image.info.format, &self.tried).map_err(|_| started())?;
+        }
+        Ok(())
+    }
+
+    fn remove_bitmap(&self, image: &Image, name: &str) {
+        // The VM may have started: it then holds the lock, and the bitmap goes with a later run.
+        if let Err(failure) = image::remove_bitmap(&image.named.path, name, &self.tried) {
+            tracing::info!(bitmap = name, "left for a later run: {failure}");
+        }
+    }
+}
+
+impl Capture for ImageCapture {
+    fn disks(&self) -> &[SeenDisk] {
+        &self.disks
+    }
+
+    fn unprotected(&self) -> Vec<Unprotected> {
+        Vec::new()
+    }
+
+    fn capsule(&self) -> serde_json::Value {
+        let disks: Vec<_> = self
+            .images
+            .iter()
+            .map(|image| {
+                json!({
+                    "disk": image.named.id, "file": image.named.path,
+                    "format": image.info.format, "backing": image.info.backing,
+                    "size_bytes": image.info.size_bytes,
+                })
+            })
+            .collect();
+        json!({ "source": "images", "disks": disks })
+    }
+
+    async fn take(&mut self, tasks: &[Task]) -> Outcome<Taken> {
+        self.tasks = tasks.to_vec();
+        for at in 0..tasks.len() {
+            self.add_bitmap(at)?;
+            let stamped = stamp(&self.image(at).named.path);
+            let stamped = stamped.map_err(|e| Failure::failed(&self.tried, e))?;
+            self.image(at).stamp = Some(stamped);
+        }
+        Ok(Taken {
+            captured_at: Timestamp::now(),
+            consistency: Consistency {
+                level: ConsistencyLevel::Crash,
+                frozen_filesystems: 0,
+                freeze_ms: 0.0,
+                pause_ms: 0.0,
+                why: Some("the VM is off; its filesystems are as it left them".into()),
+            },
+        })
+    }
+
+    async fn open(&mut self, at: usize, base: Option<&Base>) -> Outcome<Readable> {
+        let dir = self.dir.clone();
+        let image = self.image(at);
+        let bitmap = base.map(|base| base.bitmap.to_string());
+        // One at a time: the socket's name is the same for all.
+        image.daemon = None;
+        let served = Served::Shared { bitmap: bitmap.clone() };
+        let daemon = StorageDaemon::start(&image.named.path, image.info.format, &served, &dir)?;
+        let uri = nbd::unix_uri(daemon.socket(), daemon.export());
+        let size_bytes = image.info.size_bytes;
+        image.daemon = Some(daemon);
+        Ok(Readable { uri, dirty: bitmap, size_bytes })
+    }
+
+    async fn release(&mut self) -> Outcome<()> {
+        for image in &mut self.images {
+            image.daemon = None;
+        }
+        self.require_unchanged()
+    }
+
+    async fn settle(&mut self, fate: Fate) -> Outcome<()> {
+        for image in &mut self.images {
+            image.daemon = None;
+        }
+        for image in &self.images {
+            let Some(added) = &image.added else { continue };
+            match fate {
+                Fate::Unknown => {}
+                Fate::NotCommitted => self.remove_bitmap(image, &added.to_string()),
+                Fate::Committed => {
+                    let old = image.info.bitmaps.iter().map(|bitmap| &bitmap.name);
+                    let ours = old.filter(|name| {
+                        matches!(Owner::of(name, &self.repository), Owner::ThisRepository(_))
+                    });
+                    ours.for_each(|name| self.remove_bitmap(image, name));
+                }
+            }
+        }
+        // The directory holds nothing now but perhaps a stale socket.
+        let _ = std::fs::remove_dir_all(&self.dir);
+        Ok(())
+    }
+}
+
+fn seen(image: &Image) -> SeenDisk {
+    let bitmaps = image.info.bitmaps.iter().map(|bitmap| Bitmap {
+        name: bitmap.name.clone(),
+        granularity_bytes: bitmap.granularity,
+        dirty_bytes: 0,
+        recording: bitmap.recording(),
+        busy: false,
+        persistent: true,
+        inconsistent: bitmap.inconsistent(),
+    });
+    SeenDisk {
+        id: image.named.id.clone(),
+        size_bytes: image.info.size_bytes,
+        identity: Identity(format!("id={};file={}", image.named.id, image.named.path.display())),
+        partial_identity: true,
+        bitmaps: bitmaps.collect(),
+        records: image.info.keeps_bitmaps,
+        refusal: None,
+    }
+}
+
+fn stamp(path: &Path) -> std::io::Result<Stamp> {
+    let meta = std::fs::metadata(path)?;
+    Ok(Stamp {
+        device: meta.dev(),
+        inode: meta.ino(),
+        size: meta.size(),
+        modified: (meta.mtime(), meta.mtime_nsec()),
+    })
+}
+

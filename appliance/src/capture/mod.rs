@@ -1,0 +1,120 @@
+//! Captures: ways to hold one instant of a VM's disks still while they are read.
+//!
+//! There is one for a running QEMU ([`qmp`]) and one for powered-off images ([`image`]); the same
+//! reader stands behind both. What is read of each disk is decided in [`decide`].
+
+pub mod changes;
+pub mod decide;
+pub mod image;
+pub mod qmp;
+pub mod scratch;
+pub mod trust;
+
+use icecore_nbd_client::Uri;
+use icecore_qmp::bitmap::{Bitmap, BitmapName, Granularity};
+use icecore_qmp::inventory::Identity;
+use icecore_repository::{Consistency, DiskId};
+use jiff::Timestamp;
+
+use crate::failure::Outcome;
+use crate::report::Unprotected;
+
+/// A disk of the VM, as it is before anything is done.
+#[derive(Debug, Clone)]
+pub struct SeenDisk {
+    pub id: DiskId,
+    pub size_bytes: u64,
+    /// What it is recognised by next time.
+    pub identity: Identity,
+    /// The identity holds only what an image tells: the parent's may say more.
+    pub partial_identity: bool,
+    /// All bitmaps on it, those of others included.
+    pub bitmaps: Vec<Bitmap>,
+    /// Whether a bitmap of ours can record on it.
+    pub records: bool,
+    /// Why it cannot be backed up.
+    pub refusal: Option<String>,
+}
+
+impl SeenDisk {
+    /// The identity to compare with a parent's: a partial one is the parent's where all of it is
+    /// in there.
+    pub fn identity_beside<'a>(&'a self, parent: &'a Identity) -> &'a Identity {
+        let of_parent: Vec<&str> = parent.0.split(';').collect();
+        let within = self.identity.0.split(';').all(|part| of_parent.contains(&part));
+        if self.partial_identity && within { parent } else { &self.identity }
+    }
+}
+
+/// Recorded changes since the parent's instant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Base {
+    pub bitmap: BitmapName,
+    pub granularity: Granularity,
+    /// Size of the disk when the bitmap was made.
+    pub size_bytes: u64,
+}
+
+/// What is wanted of one disk.
+#[derive(Debug, Clone)]
+pub struct Task {
+    /// Its place in [`Capture::disks`].
+    pub index: usize,
+    /// The changes to read, where they may be trusted.
+    pub base: Option<Base>,
+    /// The bitmap that records from the instant on.
+    pub bitmap: Option<BitmapName>,
+}
+
+/// How the instant went.
+#[derive(Debug, Clone)]
+pub struct Taken {
+    pub captured_at: Timestamp,
+    pub consistency: Consistency,
+}
+
+/// A disk at the instant, ready to be read.
+#[derive(Debug, Clone)]
+pub struct Readable {
+    pub uri: Uri,
+    /// Name of the exported bitmap with the changes, without its `qemu:dirty-bitmap:`.
+    pub dirty: Option<String>,
+    /// Size at the instant.
+    pub size_bytes: u64,
+}
+
+/// What is known of the point at the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// Committed and read back: older bitmaps of ours may go.
+    Committed,
+    /// Known not to be committed: the new bitmaps go.
+    NotCommitted,
+    /// Nobody knows: all bitmaps stay until the repository has been asked.
+    Unknown,
+}
+
+/// A way to hold an instant.
+#[allow(async_fn_in_trait)] // Used within this package, on one thread.
+pub trait Capture {
+    /// The VM's disks, in device order.
+    fn disks(&self) -> &[SeenDisk];
+
+    /// Devices that may hold data and cannot be seen.
+    fn unprotected(&self) -> Vec<Unprotected>;
+
+    /// What recreates the machine.
+    fn capsule(&self) -> serde_json::Value;
+
+    /// Fixes one instant of the disks in `tasks`; the guest runs again when this returns.
+    async fn take(&mut self, tasks: &[Task]) -> Outcome<Taken>;
+
+    /// Makes the `at`-th of the tasks readable. Without `base` all of it will be read.
+    async fn open(&mut self, at: usize, base: Option<&Base>) -> Outcome<Readable>;
+
+    /// Lets go of the instant; with an error where it turned out not to have held.
+    async fn release(&mut self) -> Outcome<()>;
+
+    /// Puts the bitmaps in order. Called once, after [`release`](Self::release) or in its stead.
+    async fn settle(&mut self, fate: Fate) -> Outcome<()>;
+}

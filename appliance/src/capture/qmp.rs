@@ -1,0 +1,389 @@
+//! The capture of a running VM through its QMP socket, by way of the guardian.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use icecore_qmp::bitmap::{Granularity, NamePart, Owner};
+use icecore_qmp::capture::RunId;
+use icecore_qmp::capture::plan::{Base as GuardianBase, DiskPlan, NewBitmap, Scratch};
+use icecore_qmp::features::Features;
+use icecore_qmp::guardian::GuardianClient;
+use icecore_qmp::guardian::protocol::{
+    ErrorKind, Expose, ExposeDisk, Exposed, Form, Freeze, GuardianError, InstantPlan,
+    InstantReport, Prepare, Then,
+};
+use icecore_qmp::inventory::{Disk, Inventory};
+use icecore_qmp::recover::{
+    CommitState, DiskIntent, FreezeIntent, Intents, ServerIntent, StopIntent,
+};
+use icecore_repository::{Consistency, ConsistencyLevel};
+use jiff::Timestamp;
+use serde_json::json;
+
+use super::scratch::{Owner as User, ScratchDir};
+use super::{Base, Capture, Fate, Readable, SeenDisk, Taken, Task};
+use crate::failure::{Failure, Outcome, Status};
+use crate::nbd;
+use crate::report::Unprotected;
+use crate::state::IntentLog;
+
+/// How often the guardian is told that the worker lives. It acts after 2 s.
+const PULSE_INTERVAL: Duration = Duration::from_millis(200);
+
+/// What a capture of a running VM needs to know.
+#[derive(Debug)]
+pub struct Settings {
+    pub run: RunId,
+    pub freeze: Freeze,
+    pub scratch: PathBuf,
+    pub scratch_limit: Option<u64>,
+    pub then: Then,
+    /// Who QEMU runs as, when that is known.
+    pub user: Option<User>,
+    pub granularity: Granularity,
+    pub repository: NamePart,
+    /// Moves with every wake of the data plane's threads.
+    pub pulse: Arc<AtomicU64>,
+    pub tried: String,
+}
+
+/// The capture.
+pub struct QmpCapture {
+    guardian: GuardianClient,
+    settings: Settings,
+    inventory: Inventory,
+    features: Features,
+    was_running: bool,
+    disks: Vec<SeenDisk>,
+    tasks: Vec<Task>,
+    intents: Intents,
+    log: Option<IntentLog>,
+    scratch: Option<ScratchDir>,
+    exposed: Option<Exposed>,
+    /// Ends the task that sends pulses when it is dropped.
+    pulse: Option<tokio::task::JoinHandle<()>>,
+}
+
+impl QmpCapture {
+    /// Looks at the VM behind `guardian`, which is connected.
+    pub async fn open(
+        guardian: GuardianClient,
+        settings: Settings,
+        log: IntentLog,
+    ) -> Outcome<Self> {
+        let failed = |e| failure(&settings.tried, e);
+        let inspection = guardian.inspect().await.map_err(failed)?;
+        let refused = |e| Failure::refused(&settings.tried, e);
+        inspection.features.check().map_err(refused)?;
+        let inventory = inspection.inventory;
+        let intents = Intents::new(settings.run);
+        Ok(Self {
+            guardian,
+            disks: inventory.disks.iter().map(seen).collect::<Outcome<_>>()?,
+            inventory,
+            features: inspection.features,
+            was_running: inspection.running,
+            settings,
+            tasks: Vec::new(),
+            intents,
+            log: Some(log),
+            scratch: None,
+            exposed: None,
+            pulse: None,
+        })
+    }
+
+    /// The guardian, for what follows a capture.
+    pub fn guardian(&self) -> &GuardianClient {
+        &self.guardian
+    }
+
+    /// The machine's disks as QEMU names them.
+    pub fn inventory(&self) -> &Inventory {
+        &self.inventory
+    }
+
+    fn failed(&self, error: GuardianError) -> Failure {
+        failure(&self.settings.tried, error)
+    }
+
+    /// What is about to be done is on disk before it is done.
+    fn record(&mut self) -> Outcome<()> {
+        match &mut self.log {
+            Some(log) => log.record(&self.intents),
+            None => Ok(()),
+        }
+    }
+
+    fn disk(&self, task: &Task) -> &Disk {
+        &self.inventory.disks[task.index]
+    }
+
+    async fn prepare(&mut self) -> Outcome<()> {
+        let run = self.settings.run.to_string();
+        let scratch = ScratchDir::make(&self.settings.scratch, &run, self.settings.user)?;
+        let sizes: Vec<u64> = self.tasks.iter().map(|task| self.disk(task).size_bytes).collect();
+        let files = scratch.files(&sizes, self.settings.scratch_limit)?;
+        let plans = self.tasks.iter().zip(files).map(|(task, file)| {
+            let scratch = Scratch { path: file.path, cap_bytes: file.cap_bytes };
+            let bitmap = task.bitmap.as_ref().map(|name| NewBitmap {
+                name: name.to_string(),
+                granularity: self.settings.granularity,
+            });
+            DiskPlan::new(self.disk(task), scratch, bitmap)
+        });
+        let prepare = Prepare {
+            run: self.settings.run,
+            disks: plans.collect(),
+            server_socket: scratch.path().join("nbd.sock"),
+            scratch_dir: scratch.path().to_owned(),
+        };
+        self.scratch = Some(scratch);
+        self.intents.disks = prepare.disks.iter().map(disk_intent).collect();
+        self.record()?;
+        self.guardian.prepare(prepare).await.map_err(|e| self.failed(e))?;
+        Ok(())
+    }
+
+    /// Writes back what the host still caches of the images, so that QEMU's own flush, for which
+    /// the guest waits, finds little left. A file that cannot be opened here costs only time.
+    fn flush_images(&self) {
+        for task in &self.tasks {
+            for layer in &self.disk(task).layers {
+                if let Ok(file) = std::fs::File::open(&layer.file) {
+                    let _ = file.sync_data();
+                }
+            }
+        }
+    }
+
+    async fn instant(&mut self) -> Outcome<InstantReport> {
+        if self.was_running {
+            self.intents.stop = StopIntent::RanBefore;
+        }
+        if self.settings.freeze != Freeze::No {
+            self.intents.freeze = FreezeIntent::Sent;
+        }
+        self.record()?;
+        let plan = InstantPlan { freeze: self.settings.freeze, then: self.settings.then };
+        let report = self.guardian.instant(plan).await.map_err(|e| self.failed(e))?;
+        if self.settings.then == Then::Continue {
+            self.intents.stop = StopIntent::None;
+        }
+        if !report.thaw_owed {
+            self.intents.freeze = FreezeIntent::None;
+        }
+        self.intents.server = ServerIntent::Asked;
+        self.record()?;
+        Ok(report)
+    }
+
+    async fn expose(&mut self) -> Outcome<()> {
+        let disks = self.tasks.iter().map(|task| ExposeDisk {
+            form: self.form(task),
+            base: task.base.as_ref().map(guardian_base),
+        });
+        let expose = Expose { disks: disks.collect(), trim: false };
+        self.start_pulse();
+        let exposed = self.guardian.expose(expose).await.map_err(|e| self.failed(e))?;
+        self.exposed = Some(exposed);
+        Ok(())
+    }
+
+    fn form(&self, task: &Task) -> Form {
+        let in_iothread = self.disk(task).iothread.is_some();
+        if in_iothread && !self.features.iothread_exports_are_safe() {
+            Form::Push
+        } else {
+            Form::Pull
+        }
+    }
+
+    /// The guardian hears the data plane's pulse. While no data thread runs this process has
+    /// nothing unread, and the loop that sends is the sign of life.
+    fn start_pulse(&mut self) {
+        let pulse = self.guardian.pulse();
+        let counter = Arc::clone(&self.settings.pulse);
+        self.pulse = Some(tokio::spawn(async move {
+            let mut idle = 0;
+            let mut before = 0;
+            loop {
+                let count = counter.load(Ordering::Relaxed);
+                idle += u64::from(count == before);
+                before = count;
+                pulse.beat(count + idle);
+                tokio::time::sleep(PULSE_INTERVAL).await;
+            }
+        }));
+    }
+
+    fn stop_pulse(&mut self) {
+        if let Some(pulse) = self.pulse.take() {
+            pulse.abort();
+        }
+    }
+
+    fn consistency(&self, report: &InstantReport) -> Consistency {
+        let frozen = report.frozen_filesystems.and_then(|count| u32::try_from(count).ok());
+        let level = match frozen {
+            Some(1..) => ConsistencyLevel::Filesystem,
+            _ => ConsistencyLevel::Crash,
+        };
+        let none_frozen = || "the agent found no filesystem to freeze".to_owned();
+        let why = match (level, &report.why_not_frozen) {
+            (ConsistencyLevel::Filesystem, _) => None,
+            (_, Some(why)) => Some(why.clone()),
+            (_, None) => Some(none_frozen()),
+        };
+        Consistency {
+            level,
+            frozen_filesystems: frozen.unwrap_or(0),
+            freeze_ms: report.freeze_ms,
+            pause_ms: report.pause_ms,
+            why,
+        }
+    }
+}
+
+impl Capture for QmpCapture {
+    fn disks(&self) -> &[SeenDisk] {
+        &self.disks
+    }
+
+    fn unprotected(&self) -> Vec<Unprotected> {
+        let unseen = self.inventory.unprotected.iter();
+        unseen.map(|device| Unprotected { disk: device.id.clone(), why: device.why.clone() }).collect()
+    }
+
+    fn capsule(&self) -> serde_json::Value {
+        json!({ "source": "qmp", "qemu_version": self.features.version.to_string(), "machine": self.inventory })
+    }
+
+    async fn take(&mut self, tasks: &[Task]) -> Outcome<Taken> {
+        self.tasks = tasks.to_vec();
+        self.prepare().await?;
+        self.flush_images();
+        let report = self.instant().await?;
+        self.expose().await?;
+        let captured = i64::try_from(report.captured_unix_ms)
+            .ok()
+            .and_then(|ms| Timestamp::from_millisecond(ms).ok())
+            .unwrap_or_else(Timestamp::now);
+        Ok(Taken { captured_at: captured, consistency: self.consistency(&report) })
+    }
+
+    async fn open(&mut self, at: usize, base: Option<&Base>) -> Outcome<Readable> {
+        let exposed = self.exposed.as_ref().and_then(|exposed| exposed.disks.get(at));
+        let (Some(disk), Some(scratch)) = (exposed, &self.scratch) else {
+            return Err(Failure::failed(&self.settings.tried, "the disk is not exposed"));
+        };
+        let Some(export) = &disk.export else {
+            return Err(Failure::failed(&self.settings.tried, "the disk has no export"));
+        };
+        Ok(Readable {
+            uri: nbd::unix_uri(&scratch.path().join("nbd.sock"), export),
+            dirty: base.and_then(|_| dirty_name(disk.dirty_context.as_deref())),
+            size_bytes: disk.size_bytes,
+        })
+    }
+
+    async fn release(&mut self) -> Outcome<()> {
+        self.stop_pulse();
+        let released = self.guardian.release().await.map_err(|e| self.failed(e))?;
+        if released.left.is_empty() {
+            self.scratch = None;
+            return Ok(());
+        }
+        if let Some(scratch) = &mut self.scratch {
+            scratch.keep();
+        }
+        let why = format!("left in QEMU: {}", released.left.join("; "));
+        Err(Failure::failed(&self.settings.tried, why).next("repair with 'icecore doctor --repair'"))
+    }
+
+    async fn settle(&mut self, fate: Fate) -> Outcome<()> {
+        self.stop_pulse();
+        if fate != Fate::Committed {
+            // After a failure the graph may still be in; the guardian takes it out.
+            let aborted = self.guardian.abort().await.map_err(|e| self.failed(e))?;
+            if !aborted.left.is_empty() && let Some(scratch) = &mut self.scratch {
+                scratch.keep();
+            }
+        }
+        self.scratch = None;
+        self.intents.commit = match fate {
+            Fate::Committed => CommitState::Committed,
+            Fate::NotCommitted => CommitState::NotCommitted,
+            Fate::Unknown => CommitState::Unknown,
+        };
+        self.record()?;
+        let released = match fate {
+            Fate::Committed => self.guardian.retire(self.superseded()).await,
+            Fate::NotCommitted => self.guardian.drop_new().await,
+            // Both bitmaps stay, and the log too, until the repository has been asked.
+            Fate::Unknown => return Ok(()),
+        };
+        let released = released.map_err(|e| self.failed(e))?;
+        if !released.left.is_empty() {
+            let why = format!("left in QEMU: {}", released.left.join("; "));
+            return Err(Failure::failed(&self.settings.tried, why));
+        }
+        self.log.take().map_or(Ok(()), IntentLog::remove)
+    }
+}
+
+impl QmpCapture {
+    /// Bitmaps of this repository that the new point makes superfluous.
+    fn superseded(&self) -> Vec<String> {
+        let captured = self.tasks.iter().filter(|task| task.bitmap.is_some());
+        let on_disks = captured.flat_map(|task| self.disk(task).bitmaps.iter());
+        let ours = |name: &str| {
+            matches!(Owner::of(name, &self.settings.repository), Owner::ThisRepository(_))
+        };
+        on_disks.map(|bitmap| bitmap.name.clone()).filter(|name| ours(name)).collect()
+    }
+}
+
+fn disk_intent(disk: &DiskPlan) -> DiskIntent {
+    DiskIntent {
+        qom_path: disk.qom_path.clone(),
+        node: disk.node.clone(),
+        new_bitmap: disk.bitmap.as_ref().map(|bitmap| bitmap.name.clone()),
+        old_bitmaps: Vec::new(),
+        iothread: disk.iothread.clone(),
+    }
+}
+
+/// A guardian's error for the user.
+pub fn failure(tried: &str, error: GuardianError) -> Failure {
+    let status = match error.kind {
+        ErrorKind::Refused => Status::Refused,
+        _ => Status::Failed,
+    };
+    Failure { status, ..Failure::failed(tried, error) }
+}
+
+/// The bitmap's name in an NBD metadata context.
+fn dirty_name(context: Option<&str>) -> Option<String> {
+    context?.strip_prefix("qemu:dirty-bitmap:").map(str::to_owned)
+}
+
+/// A base as the guardian names it.
+pub fn guardian_base(base: &Base) -> GuardianBase {
+    GuardianBase { bitmap: base.bitmap.to_string(), granularity: base.granularity }
+}
+
+fn seen(disk: &Disk) -> Outcome<SeenDisk> {
+    let id = disk.id.parse().map_err(|e| Failure::failed("name the disks of the VM", e))?;
+    Ok(SeenDisk {
+        id,
+        size_bytes: disk.size_bytes,
+        identity: disk.identity.clone(),
+        partial_identity: false,
+        bitmaps: disk.bitmaps.clone(),
+        records: true,
+        refusal: disk.refusal.as_ref().map(ToString::to_string),
+    })
+}

@@ -1,0 +1,76 @@
+//! The command line: raw flags as clap reads them, and the way from them to a command.
+//!
+//! `args` holds the flags and their help; nothing beyond this module sees clap.
+
+pub mod args;
+mod vm_args;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+pub use vm_args::VmArgs;
+
+use crate::context::Context;
+use crate::failure::{Failure, Outcome, Status};
+use crate::{commands, guardian_process};
+use args::{Cli, Command};
+
+/// Reads the command line, runs the command and turns its outcome into an exit status.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    if matches!(cli.command, Command::Guardian) {
+        return guardian_process::run();
+    }
+    start_log(cli.global.verbose);
+    match run_command(cli) {
+        Ok(status) => ExitCode::from(status),
+        Err(failure) => {
+            eprintln!("icecore: {failure}");
+            ExitCode::from(failure.status as u8)
+        }
+    }
+}
+
+fn run_command(cli: Cli) -> Outcome<u8> {
+    let context = Context::new(&cli.global)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| Failure::failed("start icecore", e))?;
+    runtime.block_on(dispatch(&context, cli.command))
+}
+
+async fn dispatch(context: &Context, command: Command) -> Outcome<u8> {
+    match command {
+        Command::Repo(command) => commands::repo::run(context, command),
+        Command::Backup(args) => commands::backup::run(context, args).await,
+        Command::Restore(args) => commands::restore::run(context, args).await,
+        Command::Rollback(args) => commands::rollback::run(context, args).await,
+        Command::Export(args) => commands::export::run(context, args).await,
+        Command::Point(command) => commands::point::run(context, command),
+        Command::Chain(command) => commands::chain::run(context, command),
+        Command::Diff(args) => commands::diff::run(context, args),
+        Command::Check(args) => commands::check::run(context, args),
+        Command::Gc(args) => commands::gc::run(context, args),
+        Command::Catalog(command) => commands::repo::catalog(context, command),
+        Command::Vm(command) => commands::vm::run(context, command).await,
+        Command::Job(command) => commands::job::run(context, command),
+        Command::Doctor(args) => commands::doctor::run(context, args).await,
+        Command::Completions(args) => commands::generate::completions(args),
+        Command::Man(args) => commands::generate::man(&args.dir),
+        Command::Guardian => Err(Failure::usage("run a guardian", "it is started by icecore")),
+    }
+}
+
+/// Statuses that commands return beside [`Failure`].
+pub const OK: u8 = 0;
+/// A report was made and it says that there is damage.
+pub const DAMAGED: u8 = Status::Damaged as u8;
+
+fn start_log(verbose: u8) {
+    let level = ["warn", "info", "debug", "trace"][usize::from(verbose.min(3))];
+    let filter = tracing_subscriber::EnvFilter::try_from_env("ICECORE_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}

@@ -1,0 +1,25 @@
+//! The ways to say which VM is meant.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+/// A VM by its configured name, or in place by its sockets or images.
+#[derive(Debug, Clone, Default, Args)]
+pub struct VmArgs {
+    /// A VM of the configuration, by name
+    #[arg(value_name = "VM", conflicts_with_all = ["qmp", "image"])]
+    pub vm: Option<String>,
+    /// The QMP socket of a running QEMU
+    #[arg(long, value_name = "SOCKET", conflicts_with = "image")]
+    pub qmp: Option<PathBuf>,
+    /// The guest agent's socket
+    #[arg(long, value_name = "SOCKET", requires = "qmp")]
+    pub qga: Option<PathBuf>,
+    /// The name under which this VM's points are kept
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// A powered-off VM's disk images, raw or qcow2; ID is the disk's id (default: the file's name)
+    #[arg(long, value_name = "[ID=]FILE", num_args = 1..)]
+    pub image: Vec<String>,
+}

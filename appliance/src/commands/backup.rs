@@ -1,0 +1,202 @@
+//! `icecore backup`.
+
+use icecore_qmp::bitmap::NamePart;
+use icecore_qmp::guardian::protocol::{Freeze, Then};
+use icecore_repository::{DiskId, Repository, VmName};
+
+use crate::backup::{Backup, Request, granularity};
+use crate::capture::Capture;
+use crate::capture::decide::Level;
+use crate::capture::image::{ImageCapture, Named};
+use crate::capture::qmp::{QmpCapture, Settings};
+use crate::cli::OK;
+use crate::cli::args::{BackupArgs, ConsistencyArg, FallbackArg, LevelArg};
+use crate::context::Context;
+use crate::failure::{Failure, Outcome};
+use crate::interrupt::Interrupt;
+use crate::job::Job;
+use crate::names::human_bytes;
+use crate::output::{self, Rows};
+use crate::recovery;
+use crate::report::BackupReport;
+use crate::state::{IntentLog, JobKind};
+use crate::target::{self, Reach, Vm};
+
+/// Runs `icecore backup`.
+pub async fn run(context: &Context, args: BackupArgs) -> Outcome<u8> {
+    let vm = Vm::from_args(context, &args.vm, "back up a VM")?;
+    let tried = format!("back up {} to {}", vm.name, args.repo.repo);
+    let request = request(&vm, &args, &tried)?;
+    let interrupt = Interrupt::listen()?;
+    let repository = context.open(&args.repo.repo)?;
+    let mut job =
+        Job::begin(context, JobKind::Backup, &args.repo.repo, &vm.lock_keys(), &tried)?;
+    recovery::recover_all(context).await;
+    fill_record(&mut job, &vm, &request, &repository);
+    job.save(context)?;
+    let run = Run { context, repository: &repository, request: &request, interrupt: &interrupt, tried: &tried };
+    let outcome = match &vm.reach {
+        Reach::Qmp { qmp, qga } => run.live(&mut job, qmp, qga.as_deref(), &args).await,
+        Reach::Images(images) => run.images(&mut job, images.clone()).await,
+    };
+    let report = job.end(context, outcome)?;
+    print(context, &report)?;
+    Ok(OK)
+}
+
+struct Run<'a> {
+    context: &'a Context,
+    repository: &'a Repository,
+    request: &'a Request,
+    interrupt: &'a Interrupt,
+    tried: &'a str,
+}
+
+impl Run<'_> {
+    async fn live(
+        &self,
+        job: &mut Job,
+        qmp: &std::path::Path,
+        qga: Option<&std::path::Path>,
+        args: &BackupArgs,
+    ) -> Outcome<BackupReport> {
+        let user = target::qemu_user(qmp, self.tried)?;
+        let base = match &args.scratch {
+            Some(dir) => dir.clone(),
+            None => self.context.state.root().join("scratch"),
+        };
+        job.record.qmp = Some(absolute(qmp, self.tried)?);
+        job.record.qga = qga.map(|path| absolute(path, self.tried)).transpose()?;
+        job.record.scratch = Some(absolute(&base, self.tried)?.join(format!("icecore-{}", job.id().run())));
+        job.save(self.context)?;
+        let guardian =
+            target::guard(self.context, qmp, qga.map(ToOwned::to_owned), self.tried).await?;
+        let settings = Settings {
+            run: job.id().run().parse().map_err(|e| Failure::failed(self.tried, e))?,
+            freeze: freeze(args, qga.is_some(), self.tried)?,
+            scratch: base,
+            scratch_limit: args.scratch_limit,
+            then: Then::Continue,
+            user,
+            granularity: granularity(self.repository),
+            repository: repository_part(self.repository, self.tried)?,
+            pulse: job.pulse(),
+            tried: self.tried.to_owned(),
+        };
+        let log = IntentLog::create(&self.context.state, job.id())?;
+        let mut capture = QmpCapture::open(guardian, settings, log).await?;
+        self.back_up(job, &mut capture).await
+    }
+
+    async fn images(&self, job: &mut Job, images: Vec<Named>) -> Outcome<BackupReport> {
+        let dir = self.context.state.dir("run")?.join(job.id().run());
+        let repository = repository_part(self.repository, self.tried)?;
+        let granularity = granularity(self.repository);
+        let mut capture = ImageCapture::open(images, repository, granularity, &dir, self.tried)?;
+        self.back_up(job, &mut capture).await
+    }
+
+    async fn back_up<C: Capture>(&self, job: &mut Job, capture: &mut C) -> Outcome<BackupReport> {
+        let backup = Backup {
+            context: self.context,
+            repository: self.repository,
+            request: self.request,
+            capture,
+            job,
+            interrupt: self.interrupt,
+        };
+        backup.run().await
+    }
+}
+
+/// The id of a repository as a part of a bitmap's name.
+pub fn repository_part(repository: &Repository, tried: &str) -> Outcome<NamePart> {
+    NamePart::new(repository.id().to_string()).map_err(|e| Failure::failed(tried, e))
+}
+
+/// A path that stays right for a process with another working directory.
+pub fn absolute(path: &std::path::Path, tried: &str) -> Outcome<std::path::PathBuf> {
+    std::path::absolute(path).map_err(|e| Failure::failed(tried, e))
+}
+
+fn request(vm: &Vm, args: &BackupArgs, tried: &str) -> Outcome<Request> {
+    let usage = |e| Failure::usage(tried, e);
+    let ids = |texts: &[String]| -> Outcome<Vec<DiskId>> {
+        texts.iter().map(|text| text.parse().map_err(usage)).collect()
+    };
+    let disks = if args.disk.is_empty() { &vm.disks } else { &args.disk };
+    Ok(Request {
+        vm: VmName::new(vm.name.as_str()).map_err(usage)?,
+        level: match args.level {
+            LevelArg::Auto => Level::Auto,
+            LevelArg::Full => Level::Full,
+            LevelArg::Incremental => Level::Incremental,
+        },
+        disks: ids(disks)?,
+        exclude: ids(&args.exclude_disk)?,
+        chain: args.chain.as_deref().map(str::parse).transpose().map_err(usage)?,
+        label: args.label.clone(),
+        description: args.description.clone(),
+        rate_limit: args.rate_limit,
+        strict: args.on_fallback == FallbackArg::Fail,
+        paranoid: args.paranoid,
+        dry_run: args.dry_run,
+    })
+}
+
+fn freeze(args: &BackupArgs, has_agent: bool, tried: &str) -> Outcome<Freeze> {
+    let limit = u64::try_from(args.freeze_timeout.as_millis()).unwrap_or(u64::MAX);
+    match (args.consistency, has_agent) {
+        (ConsistencyArg::Crash, _) | (ConsistencyArg::Auto, false) => Ok(Freeze::No),
+        (ConsistencyArg::Auto, true) => Ok(Freeze::Try(limit)),
+        (ConsistencyArg::Filesystem, true) => Ok(Freeze::Require(limit)),
+        (ConsistencyArg::Filesystem, false) => {
+            let why = "a filesystem-consistent point needs the guest agent, and no --qga is given";
+            Err(Failure::failed(tried, why).next("name the agent's socket with --qga"))
+        }
+    }
+}
+
+fn fill_record(job: &mut Job, vm: &Vm, request: &Request, repository: &Repository) {
+    let record = &mut job.record;
+    record.vm = Some(vm.name.to_string());
+    record.repository_id = Some(repository.id().to_string());
+    record.label.clone_from(&request.label);
+    record.description.clone_from(&request.description);
+}
+
+fn print(context: &Context, report: &BackupReport) -> Outcome<()> {
+    if context.json {
+        return output::json(report);
+    }
+    let consistency = &report.consistency;
+    let point = report.point.as_deref().unwrap_or("nothing (dry run)");
+    let mut text = format!("point {point} of {} in {:.1} s", report.vm, report.seconds);
+    let level = format!("{:?}", consistency.level).to_lowercase();
+    text += &format!(
+        ", {level}-consistent (frozen {:.0} ms, paused {:.0} ms)\n",
+        consistency.freeze_ms, consistency.pause_ms
+    );
+    if let Some(why) = &consistency.why {
+        text += &format!("not frozen: {}\n", output::printable(why));
+    }
+    output::print(&text)?;
+    let mut table = Rows::new(&["disk", "mode", "reason", "size", "dirty", "read", "new", "stored"]);
+    for disk in &report.disks {
+        table.add(vec![
+            disk.disk.clone(),
+            format!("{:?}", disk.mode).to_lowercase(),
+            disk.reason.clone().unwrap_or_else(|| "-".into()),
+            human_bytes(disk.size_bytes),
+            human_bytes(disk.dirty_bytes),
+            human_bytes(disk.read_bytes),
+            human_bytes(disk.new_bytes),
+            human_bytes(disk.stored_bytes),
+        ]);
+    }
+    table.print("no disks")?;
+    for device in &report.unprotected {
+        eprintln!("icecore: not in the point: {}: {}", device.disk, output::printable(&device.why));
+    }
+    Ok(())
+}

@@ -1,0 +1,16 @@
+//! One file a command: flags in, work done by the other modules, report out.
+
+pub mod backup;
+pub mod chain;
+pub mod check;
+pub mod diff;
+pub mod doctor;
+pub mod export;
+pub mod gc;
+pub mod generate;
+pub mod job;
+pub mod point;
+pub mod repo;
+pub mod restore;
+pub mod rollback;
+pub mod vm;

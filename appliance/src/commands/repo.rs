@@ -1,0 +1,105 @@
+//! `icecore repo` and `icecore catalog`.
+
+use icecore_repository::{BlockSize, Compression, InitOptions, Repository};
+
+use crate::cli::OK;
+use crate::cli::args::{CatalogCommand, RepoCommand, RepoInitArgs};
+use crate::context::Context;
+use crate::failure::{Failure, Outcome};
+use crate::names::human_bytes;
+use crate::output;
+
+/// Runs `icecore repo …`.
+pub fn run(context: &Context, command: RepoCommand) -> Outcome<u8> {
+    match command {
+        RepoCommand::Init(args) => init(context, &args),
+        RepoCommand::Info { repo } => info(context, &repo),
+    }
+}
+
+fn init(context: &Context, args: &RepoInitArgs) -> Outcome<u8> {
+    let tried = format!("make a repository at {}", args.repo);
+    let options = InitOptions {
+        block_size: BlockSize::new(args.block_size).map_err(|e| Failure::usage(&tried, e))?,
+        compression: compression(&args.compression).map_err(|e| Failure::usage(&tried, e))?,
+    };
+    let path = context.repository_path(&args.repo)?;
+    let repository = Repository::init(&path, options)
+        .map_err(|e| Failure::from_repository(tried, e))?;
+    describe(context, &repository, &args.repo)
+}
+
+fn info(context: &Context, repo: &str) -> Outcome<u8> {
+    describe(context, &context.open_read_only(repo)?, repo)
+}
+
+fn describe(context: &Context, repository: &Repository, name: &str) -> Outcome<u8> {
+    let info = repository
+        .info()
+        .map_err(|e| Failure::from_repository(format!("describe the repository {name}"), e))?;
+    if context.json {
+        output::json(&serde_json::json!({
+            "id": info.id, "version": info.version, "block_size": info.block_size,
+            "encrypted": info.encrypted, "compression": info.compression.to_string(),
+            "points": info.points, "chains": info.chains, "logical_bytes": info.logical_bytes,
+            "stored_bytes": info.stored_bytes, "packs": info.packs,
+        }))?;
+        return Ok(OK);
+    }
+    output::print(&format!(
+        "repository   {name}\nid           {}\nversion      {}\nblock size   {}\n\
+         compression  {}\nencrypted    {}\npoints       {} in {} chains\nguest data   {}\n\
+         stored       {} in {} packs\n",
+        info.id,
+        info.version,
+        human_bytes(u64::from(info.block_size)),
+        info.compression,
+        if info.encrypted { "yes" } else { "no" },
+        info.points,
+        info.chains,
+        human_bytes(info.logical_bytes),
+        human_bytes(info.stored_bytes),
+        info.packs,
+    ))?;
+    Ok(OK)
+}
+
+fn compression(text: &str) -> Result<Compression, String> {
+    let level = match text {
+        "none" => return Ok(Compression::None),
+        "zstd" => return Ok(Compression::Zstd(1)),
+        _ => text.strip_prefix("zstd:").and_then(|level| level.parse::<i32>().ok()),
+    };
+    match level {
+        Some(level) if (1..=19).contains(&level) => Ok(Compression::Zstd(level)),
+        _ => Err(format!("'{text}' is no compression: write zstd:1 to zstd:19, or none")),
+    }
+}
+
+/// Runs `icecore catalog …`.
+pub fn catalog(context: &Context, command: CatalogCommand) -> Outcome<u8> {
+    let CatalogCommand::Rebuild { repo } = command;
+    let repository = context.open(&repo.repo)?;
+    let points = repository
+        .rebuild_catalog()
+        .map_err(|e| Failure::from_repository(format!("rebuild the catalog of {}", repo.repo), e))?;
+    if context.json {
+        output::json(&serde_json::json!({ "points": points }))?;
+    } else {
+        output::print(&format!("catalog rebuilt: {points} points\n"))?;
+    }
+    Ok(OK)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn compression_has_a_grammar() {
+        assert_eq!(compression("zstd:3"), Ok(Compression::Zstd(3)));
+        assert_eq!(compression("none"), Ok(Compression::None));
+        assert!(compression("zstd:0").is_err() && compression("lz4").is_err());
+        assert!(compression("zstd:99").is_err() && compression("zstd:").is_err());
+    }
+}

@@ -1,0 +1,136 @@
+//! `icecore restore`.
+
+use std::path::Path;
+
+use icecore_io_engine::Verify;
+use icecore_repository::{DiskId, Point, PointDisk};
+use serde::Serialize;
+
+use super::backup::absolute;
+use super::point::find;
+use crate::cli::OK;
+use crate::cli::args::{FormatArg, RestoreArgs, VerifyRestoreArg};
+use crate::context::Context;
+use crate::failure::{Failure, Outcome};
+use crate::image::Format;
+use crate::interrupt::Interrupt;
+use crate::job::Job;
+use crate::names::human_bytes;
+use crate::output::{self, Rows};
+use crate::recovery;
+use crate::restore::{Restore, RestoredDisk, Target, Wish, targets};
+use crate::state::JobKind;
+use crate::state::locks::LockKey;
+
+#[derive(Debug, Serialize)]
+struct RestoreReport {
+    point: String,
+    vm: String,
+    job: String,
+    disks: Vec<RestoredDisk>,
+}
+
+/// Runs `icecore restore`.
+pub async fn run(context: &Context, args: RestoreArgs) -> Outcome<u8> {
+    let tried = format!("restore {} to {}", args.point, args.to);
+    let interrupt = Interrupt::listen()?;
+    let repository = context.open_read_only(&args.repo.repo)?;
+    let point = find(&repository, &args.point, args.vm.as_deref(), &tried)?;
+    let disks = disks(&point, args.disk.as_deref(), &tried)?;
+    let targets = checked_targets(&args, &disks)?;
+    let keys: Vec<LockKey> = targets.iter().map(|t| LockKey::file(Path::new(&t.name()))).collect();
+    let mut job = Job::begin(context, JobKind::Restore, &args.repo.repo, &keys, &tried)?;
+    recovery::recover_all(context).await;
+    job.record.vm = Some(point.vm.to_string());
+    job.record.point = Some(point.id.to_string());
+    job.record.repository_id = Some(repository.id().to_string());
+    job.save(context)?;
+    let verify = match args.verify {
+        VerifyRestoreArg::Root => Verify::ReadBack,
+        VerifyRestoreArg::None => Verify::None,
+    };
+    let mut restore = Restore {
+        context,
+        repository: &repository,
+        point: &point,
+        verify,
+        interrupt: &interrupt,
+        job: &mut job,
+    };
+    let outcome = all(&mut restore, &disks, &targets, &tried).await;
+    let id = job.id().to_string();
+    let restored = job.end(context, outcome)?;
+    print(context, RestoreReport {
+        point: point.id.to_string(),
+        vm: point.vm.to_string(),
+        job: id,
+        disks: restored,
+    })?;
+    Ok(OK)
+}
+
+async fn all(
+    restore: &mut Restore<'_>,
+    disks: &[&PointDisk],
+    targets: &[Target],
+    tried: &str,
+) -> Outcome<Vec<RestoredDisk>> {
+    let mut restored = Vec::new();
+    for (disk, target) in disks.iter().zip(targets) {
+        if let Target::File { path, .. } = target
+            && let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty())
+        {
+            std::fs::create_dir_all(parent).map_err(|e| Failure::failed(tried, e))?;
+        }
+        restored.push(restore.disk(disk, target).await?);
+    }
+    Ok(restored)
+}
+
+fn disks<'a>(point: &'a Point, wanted: Option<&str>, tried: &str) -> Outcome<Vec<&'a PointDisk>> {
+    let Some(wanted) = wanted else { return Ok(point.disks.iter().collect()) };
+    let id: DiskId = wanted.parse().map_err(|e| Failure::usage(tried, e))?;
+    match point.disk(&id) {
+        Some(disk) => Ok(vec![disk]),
+        None => {
+            let held: Vec<_> = point.disks.iter().map(|disk| disk.disk.to_string()).collect();
+            let why = format!("point {} has no disk {id}; it has {}", point.id, held.join(", "));
+            Err(Failure::usage(tried, why))
+        }
+    }
+}
+
+fn checked_targets(args: &RestoreArgs, disks: &[&PointDisk]) -> Outcome<Vec<Target>> {
+    let format = args.format.map(|format| match format {
+        FormatArg::Raw => Format::Raw,
+        FormatArg::Qcow2 => Format::Qcow2,
+    });
+    let wish = Wish { to: &args.to, format, force: args.force, one_disk: args.disk.is_some() };
+    let names: Vec<String> = disks.iter().map(|disk| disk.disk.to_string()).collect();
+    let mut targets = targets(&wish, &names)?;
+    for target in &mut targets {
+        if let Target::File { path, .. } | Target::Device { path } = target {
+            *path = absolute(path, "restore")?;
+        }
+    }
+    Ok(targets)
+}
+
+fn print(context: &Context, report: RestoreReport) -> Outcome<()> {
+    if context.json {
+        return output::json(&report);
+    }
+    output::print(&format!("restored {} of {}\n", report.point, report.vm))?;
+    let mut table = Rows::new(&["disk", "target", "written", "zeroed", "root", "seconds"]);
+    for disk in report.disks {
+        table.add(vec![
+            disk.disk,
+            disk.target,
+            human_bytes(disk.written_bytes),
+            human_bytes(disk.zeroed_bytes),
+            if disk.root_verified { "proven" } else { "not verified" }.into(),
+            format!("{:.1}", disk.seconds),
+        ]);
+    }
+    table.print("no disks")
+}

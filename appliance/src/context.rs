@@ -1,0 +1,81 @@
+//! What every command has at hand: configuration, state directory, and how to speak to the user.
+
+use std::path::PathBuf;
+
+use icecore_io_engine::EngineChoice;
+use icecore_repository::{OpenOptions, Repository};
+
+use crate::cli::args::{Global, IoEngine};
+use crate::config::Config;
+use crate::failure::{Failure, Outcome};
+use crate::state::State;
+
+/// The least `--memory` with which the pipeline moves at all.
+const MEMORY_MIN: u64 = 32 << 20;
+
+/// The environment of a command.
+#[derive(Debug)]
+pub struct Context {
+    pub config: Config,
+    pub state: State,
+    pub cache_dir: PathBuf,
+    pub json: bool,
+    pub quiet: bool,
+    pub engine: EngineChoice,
+    pub memory: u64,
+}
+
+impl Context {
+    /// Validates the global flags.
+    pub fn new(global: &Global) -> Outcome<Self> {
+        if global.memory < MEMORY_MIN {
+            let why = format!("--memory {} is less than the 32M that moving data takes", global.memory);
+            return Err(Failure::usage("start", why));
+        }
+        let cache = global.cache_dir.clone().unwrap_or_else(|| global.state_dir.join("cache"));
+        Ok(Self {
+            config: Config::load(global.config.as_deref())?,
+            state: State::new(&global.state_dir),
+            cache_dir: cache,
+            json: global.json,
+            quiet: global.quiet,
+            engine: match global.io_engine {
+                IoEngine::Auto => EngineChoice::Auto,
+                IoEngine::Uring => EngineChoice::Uring,
+                IoEngine::Threads => EngineChoice::Threads,
+            },
+            memory: global.memory,
+        })
+    }
+
+    /// The directory that `repo` names: a configured repository or a path.
+    pub fn repository_path(&self, repo: &str) -> Outcome<PathBuf> {
+        let url = self.config.repository.get(repo).map_or(repo, |r| r.url.as_str());
+        match url.split_once("://") {
+            Some((scheme, _)) => Err(Failure::usage(
+                format!("open the repository {url}"),
+                format!("{scheme}:// is not built yet; repositories are directories for now"),
+            )
+            .next("name a directory (NFS mounts are directories, too)")),
+            None if url.is_empty() => Err(Failure::usage("open a repository", "its name is empty")),
+            None => Ok(PathBuf::from(url)),
+        }
+    }
+
+    /// Opens a repository for reading and writing.
+    pub fn open(&self, repo: &str) -> Outcome<Repository> {
+        self.open_with(repo, false)
+    }
+
+    /// Opens a repository for reading only.
+    pub fn open_read_only(&self, repo: &str) -> Outcome<Repository> {
+        self.open_with(repo, true)
+    }
+
+    fn open_with(&self, repo: &str, read_only: bool) -> Outcome<Repository> {
+        let path = self.repository_path(repo)?;
+        let options = OpenOptions { cache_dir: Some(self.cache_dir.clone()), read_only };
+        Repository::open(&path, options)
+            .map_err(|e| Failure::from_repository(format!("open the repository {repo}"), e))
+    }
+}

@@ -1,0 +1,39 @@
+//! The data plane as commands use it: its options, its threads, its figures.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use icecore_io_engine::{Budget, EngineError, Options};
+
+use crate::context::Context;
+use crate::report::Latency;
+
+/// What the rest of the process takes beside the data plane: code, stacks, the repository's caches.
+const OVERHEAD_BYTES: u64 = 24 << 20;
+/// More than this gains nothing: 64 requests of 1 MiB in flight, and as much being compressed.
+const PIPELINE_BYTES_MAX: u64 = 128 << 20;
+
+/// Options of one run of the data plane within the process's memory, ended by `cancel`.
+pub fn options(context: &Context, cancel: &Arc<AtomicBool>) -> Options {
+    let memory = context.memory.saturating_sub(OVERHEAD_BYTES).min(PIPELINE_BYTES_MAX);
+    let mut options = Options::new(Budget::new(memory), memory);
+    options.control.cancel = Arc::clone(cancel);
+    options
+}
+
+/// Runs the data plane in a thread of its own, so that signals and the guardian are heard.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, EngineError> + Send + 'static,
+) -> Result<T, EngineError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(panicked) => Err(EngineError::Lanes(format!("the data plane failed: {panicked}"))),
+    }
+}
+
+/// Percentiles for a report.
+pub fn latency(measured: &icecore_io_engine::Latency) -> Latency {
+    let ms = |time: Duration| time.as_secs_f64() * 1000.0;
+    Latency { p50: ms(measured.p50()), p99: ms(measured.p99()), max: ms(measured.max()) }
+}

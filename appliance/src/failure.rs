@@ -1,0 +1,98 @@
+//! What a person is told when something fails, and the exit status that goes with it.
+//!
+//! Libraries have typed errors; here they become one sentence: what was tried, on what, why it
+//! failed, what to do next.
+
+use std::fmt;
+
+use icecore_repository::Error as RepositoryError;
+
+/// Exit statuses of the command, a contract with scripts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    /// Failed; nothing half-done is left.
+    Failed = 1,
+    /// Wrong usage or configuration.
+    Usage = 2,
+    /// Refused: busy, protected, in use, over quota.
+    Refused = 3,
+    /// Verification found damage.
+    Damaged = 4,
+    /// Interrupted by the user, cleaned up.
+    Interrupted = 130,
+}
+
+/// A failure on its way to the user.
+#[derive(Debug)]
+pub struct Failure {
+    /// Exit status of the process.
+    pub status: Status,
+    /// What was tried and on what, as in "back up vm1 to /backup".
+    pub tried: String,
+    /// Why it failed.
+    pub why: String,
+    /// What to do next, where there is something to say.
+    pub next: Option<String>,
+}
+
+/// Result of everything in this package.
+pub type Outcome<T> = Result<T, Failure>;
+
+impl Failure {
+    /// A failure with status 1.
+    pub fn failed(tried: impl Into<String>, why: impl fmt::Display) -> Self {
+        Self { status: Status::Failed, tried: tried.into(), why: why.to_string(), next: None }
+    }
+
+    /// Wrong usage or configuration, status 2.
+    pub fn usage(tried: impl Into<String>, why: impl fmt::Display) -> Self {
+        Self { status: Status::Usage, ..Self::failed(tried, why) }
+    }
+
+    /// Refused before anything was changed, status 3.
+    pub fn refused(tried: impl Into<String>, why: impl fmt::Display) -> Self {
+        Self { status: Status::Refused, ..Self::failed(tried, why) }
+    }
+
+    /// Damage was found, status 4.
+    pub fn damaged(tried: impl Into<String>, why: impl fmt::Display) -> Self {
+        Self { status: Status::Damaged, ..Self::failed(tried, why) }
+    }
+
+    /// The user interrupted; everything was cleaned up.
+    pub fn interrupted(tried: impl Into<String>) -> Self {
+        let why = "interrupted; what was begun has been undone";
+        Self { status: Status::Interrupted, ..Self::failed(tried, why) }
+    }
+
+    /// A repository's error; damage is told apart, and what is wrong with the request itself.
+    pub fn from_repository(tried: impl Into<String>, error: RepositoryError) -> Self {
+        let status = match &error {
+            _ if error.damage().is_some() => Status::Damaged,
+            RepositoryError::Refused { .. } | RepositoryError::InitRefused { .. } => Status::Refused,
+            RepositoryError::NotARepository { .. }
+            | RepositoryError::NotFound { .. }
+            | RepositoryError::Ambiguous { .. }
+            | RepositoryError::Id(_)
+            | RepositoryError::Geometry(_) => Status::Usage,
+            _ => Status::Failed,
+        };
+        Self { status, ..Self::failed(tried, error) }
+    }
+
+    /// Adds what to do next.
+    pub fn next(mut self, advice: impl Into<String>) -> Self {
+        self.next = Some(advice.into());
+        self
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot {}: {}", self.tried, self.why)?;
+        match &self.next {
+            Some(next) => write!(f, "\n  next: {next}"),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! Disk images at rest, through QEMU's own tools: what they are, whether a VM holds them, and
+//! access to their content over NBD.
+
+mod format;
+mod info;
+mod storage_daemon;
+
+pub use format::{Format, of_file};
+pub use info::{
+    ImageInfo, add_bitmap, create_qcow2, info, remove_bitmap, require_unlocked, resize,
+};
+pub use storage_daemon::{Served, StorageDaemon};

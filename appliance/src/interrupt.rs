@@ -1,0 +1,46 @@
+//! Ctrl-C and its kin: noted once, seen by every loop.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::failure::{Failure, Outcome};
+
+/// Set when the user wants the command to end.
+#[derive(Debug, Clone)]
+pub struct Interrupt {
+    flag: Arc<AtomicBool>,
+}
+
+impl Interrupt {
+    /// Listens for SIGINT, SIGTERM and SIGHUP from now on.
+    pub fn listen() -> Outcome<Self> {
+        let flag = Arc::new(AtomicBool::new(false));
+        for kind in [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()] {
+            let mut stream = signal(kind).map_err(|e| Failure::failed("listen for signals", e))?;
+            let flag = Arc::clone(&flag);
+            tokio::spawn(async move {
+                while stream.recv().await.is_some() {
+                    flag.store(true, Ordering::Relaxed);
+                }
+            });
+        }
+        Ok(Self { flag })
+    }
+
+    /// The flag, for the data plane.
+    pub fn flag(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.flag)
+    }
+
+    /// Whether it was asked to end.
+    pub fn is_set(&self) -> bool {
+        self.flag.load(Ordering::Relaxed)
+    }
+
+    /// An error once it was asked to end.
+    pub fn check(&self, tried: &str) -> Outcome<()> {
+        if self.is_set() { Err(Failure::interrupted(tried)) } else { Ok(()) }
+    }
+}

@@ -1,0 +1,143 @@
+//! The JSON that commands print; the names are a contract.
+
+use icecore_repository::{Consistency, DiskMode, Point, PointDisk};
+use jiff::Timestamp;
+use serde::Serialize;
+
+/// What `backup` prints.
+#[derive(Debug, Serialize)]
+pub struct BackupReport {
+    pub point: Option<String>,
+    pub vm: String,
+    pub chain: String,
+    pub parent: Option<String>,
+    pub created_at: Timestamp,
+    pub captured_at: Timestamp,
+    pub consistency: Consistency,
+    pub root: Option<String>,
+    pub job: String,
+    pub disks: Vec<DiskReport>,
+    pub seconds: f64,
+    /// Disks of the VM that are not in the point, and why.
+    pub unprotected: Vec<Unprotected>,
+    pub dry_run: bool,
+}
+
+/// A disk that is not in a point.
+#[derive(Debug, Clone, Serialize)]
+pub struct Unprotected {
+    pub disk: String,
+    pub why: String,
+}
+
+/// One disk of a backup.
+#[derive(Debug, Serialize)]
+pub struct DiskReport {
+    pub disk: String,
+    pub parent: Option<String>,
+    pub size_bytes: u64,
+    pub mode: DiskMode,
+    pub reason: Option<String>,
+    pub dirty_bytes: u64,
+    pub read_bytes: u64,
+    pub zero_bytes: u64,
+    pub new_bytes: u64,
+    pub stored_bytes: u64,
+    pub sampled_blocks: u64,
+    pub seconds: f64,
+    pub read_latency_ms: Latency,
+}
+
+/// Latency percentiles in milliseconds.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Latency {
+    pub p50: f64,
+    pub p99: f64,
+    pub max: f64,
+}
+
+/// A point, as `point list` shows it: committed, or only known from a job record.
+#[derive(Debug, Serialize)]
+pub struct PointRow {
+    pub point: Option<String>,
+    pub label: Option<String>,
+    pub vm: Option<String>,
+    pub chain: Option<String>,
+    pub parent: Option<String>,
+    pub status: &'static str,
+    pub created_at: Timestamp,
+    pub captured_at: Option<Timestamp>,
+    pub description: Option<String>,
+    pub consistency: Option<Consistency>,
+    pub size_bytes: u64,
+    pub new_bytes: u64,
+    pub stored_bytes: u64,
+    pub object_count: u64,
+    pub failure_reason: Option<String>,
+    pub disks: Vec<PointDiskRow>,
+    pub protected: bool,
+    pub job: Option<String>,
+}
+
+/// A disk in a point's row.
+#[derive(Debug, Serialize)]
+pub struct PointDiskRow {
+    pub disk: String,
+    pub parent: Option<String>,
+    pub size_bytes: u64,
+    pub mode: Option<DiskMode>,
+    pub reason: Option<String>,
+    pub new_bytes: u64,
+    pub stored_bytes: u64,
+    pub content_root: String,
+}
+
+impl PointRow {
+    /// The row of a committed point.
+    pub fn committed(point: &Point, protected: bool) -> Self {
+        Self {
+            point: Some(point.id.to_string()),
+            label: point.meta.label.clone(),
+            vm: Some(point.vm.to_string()),
+            chain: Some(point.chain.to_string()),
+            parent: point.parent.as_ref().map(ToString::to_string),
+            status: "available",
+            created_at: point.meta.created_at,
+            captured_at: Some(point.meta.captured_at),
+            description: point.meta.description.clone(),
+            consistency: Some(point.meta.consistency.clone()),
+            size_bytes: point.size_bytes(),
+            new_bytes: point.new_bytes,
+            stored_bytes: point.stored_bytes,
+            object_count: point.object_count,
+            failure_reason: None,
+            disks: point.disks.iter().map(|disk| disk_row(point, disk)).collect(),
+            protected,
+            job: None,
+        }
+    }
+}
+
+fn disk_row(point: &Point, disk: &PointDisk) -> PointDiskRow {
+    let meta = point.meta.disks.iter().find(|meta| meta.disk == disk.disk);
+    PointDiskRow {
+        disk: disk.disk.to_string(),
+        parent: disk.parent.as_ref().map(ToString::to_string),
+        size_bytes: disk.size_bytes,
+        mode: meta.map(|meta| meta.mode),
+        reason: meta.and_then(|meta| meta.reason.clone()),
+        new_bytes: disk.summary.new_bytes,
+        stored_bytes: disk.summary.stored_bytes,
+        content_root: disk.content_root.to_string(),
+    }
+}
+
+/// One hash for a whole point: BLAKE3 over a line "DISK SIZE ROOT" for each disk, in its order.
+pub fn point_root<'a>(disks: impl Iterator<Item = &'a PointDisk>) -> String {
+    let mut hasher = blake3::Hasher::new_derive_key("icecore 2026 root of a point");
+    for disk in disks {
+        let line = format!("{} {} {}\n", disk.disk, disk.size_bytes, disk.content_root);
+        hasher.update(line.as_bytes());
+    }
+    hasher.finalize().to_hex().to_string()
+}

@@ -1,0 +1,135 @@
+//! Which VM a command is about: from flags and configuration to sockets or images.
+
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use icecore_repository::VmName;
+
+use crate::capture::image::{Named, parse_named};
+use crate::capture::scratch::Owner;
+use crate::cli::VmArgs;
+use crate::context::Context;
+use crate::failure::{Failure, Outcome};
+use crate::guardian_process;
+use crate::state::locks::{Lock, LockKey};
+
+/// How the VM is reached.
+#[derive(Debug, Clone)]
+pub enum Reach {
+    /// It runs.
+    Qmp { qmp: PathBuf, qga: Option<PathBuf> },
+    /// It is off.
+    Images(Vec<Named>),
+}
+
+/// A VM.
+#[derive(Debug, Clone)]
+pub struct Vm {
+    pub name: VmName,
+    pub reach: Reach,
+    /// The disks that the configuration names; all when empty.
+    pub disks: Vec<String>,
+}
+
+impl Vm {
+    /// Reads the flags. `tried` says what for.
+    pub fn from_args(context: &Context, args: &VmArgs, tried: &str) -> Outcome<Self> {
+        match &args.vm {
+            Some(name) => Self::configured(context, name, tried),
+            None => Self::in_place(args, tried),
+        }
+    }
+
+    fn configured(context: &Context, name: &str, tried: &str) -> Outcome<Self> {
+        let Some(config) = context.config.vm.get(name) else {
+            return Err(Failure::usage(tried, format!("the configuration has no VM {name}"))
+                .next(format!("add [vm.{name}], or name its socket with --qmp and --name")));
+        };
+        let reach = match (&config.qmp, config.image.is_empty()) {
+            (Some(qmp), true) => Reach::Qmp { qmp: qmp.clone(), qga: config.qga.clone() },
+            (None, false) => Reach::Images(images(&config.image)?),
+            _ => {
+                let why = format!("[vm.{name}] must have either qmp or image");
+                return Err(Failure::usage(tried, why));
+            }
+        };
+        Ok(Self { name: vm_name(name, tried)?, reach, disks: config.disks.clone() })
+    }
+
+    fn in_place(args: &VmArgs, tried: &str) -> Outcome<Self> {
+        let Some(name) = &args.name else {
+            return Err(Failure::usage(tried, "no VM is named")
+                .next("write a configured VM's name, or --name with --qmp or --image"));
+        };
+        let reach = match &args.qmp {
+            Some(qmp) => Reach::Qmp { qmp: qmp.clone(), qga: args.qga.clone() },
+            None if args.image.is_empty() => {
+                let why = format!("nothing tells how to reach {name}");
+                return Err(Failure::usage(tried, why).next("add --qmp SOCKET or --image FILE"));
+            }
+            None => Reach::Images(images(&args.image)?),
+        };
+        Ok(Self { name: vm_name(name, tried)?, reach, disks: Vec::new() })
+    }
+
+    /// The locks that keep others away from this VM.
+    pub fn lock_keys(&self) -> Vec<LockKey> {
+        let mut keys = vec![LockKey::vm(self.name.as_str())];
+        match &self.reach {
+            Reach::Qmp { qmp, .. } => keys.push(LockKey::file(qmp)),
+            Reach::Images(images) => keys.extend(images.iter().map(|i| LockKey::file(&i.path))),
+        }
+        keys
+    }
+}
+
+/// Starts a guardian on a QMP socket and connects it.
+pub async fn guard(
+    context: &Context,
+    qmp: &Path,
+    qga: Option<PathBuf>,
+    tried: &str,
+) -> Outcome<icecore_qmp::guardian::GuardianClient> {
+    let lock = Lock::wait_for_guardian(&context.state, &LockKey::guardian(qmp), tried)?;
+    let guardian = guardian_process::start(vec![lock], tried)?;
+    let connected = guardian.connect(qmp.to_owned(), qga).await;
+    connected.map_err(|e| crate::capture::qmp::failure(tried, e))?;
+    Ok(guardian)
+}
+
+/// The user that the QEMU behind a QMP socket runs as. A socket that nobody listens on is an error;
+/// where the kernel does not tell, nothing is known.
+pub fn qemu_user(qmp: &Path, tried: &str) -> Outcome<Option<Owner>> {
+    let stream = UnixStream::connect(qmp).map_err(|e| {
+        Failure::failed(tried, format!("the QMP socket {}: {e}", qmp.display()))
+            .next("is the VM running, and is this its -qmp socket?")
+    })?;
+    let Ok(peer) = rustix::net::sockopt::socket_peercred(&stream) else { return Ok(None) };
+    // Who listened may have given up its rights since (`-runas`).
+    let status = format!("/proc/{}/status", peer.pid.as_raw_nonzero());
+    let now = std::fs::read_to_string(status).ok().and_then(|text| effective_ids(&text));
+    Ok(Some(now.unwrap_or(Owner { uid: peer.uid.as_raw(), gid: peer.gid.as_raw() })))
+}
+
+fn effective_ids(status: &str) -> Option<Owner> {
+    let field = |name: &str| {
+        let line = status.lines().find(|line| line.starts_with(name))?;
+        line.split_whitespace().nth(2)?.parse().ok()
+    };
+    Some(Owner { uid: field("Uid:")?, gid: field("Gid:")? })
+}
+
+fn images(texts: &[String]) -> Outcome<Vec<Named>> {
+    let named: Vec<Named> = texts.iter().map(|text| parse_named(text)).collect::<Outcome<_>>()?;
+    for (at, image) in named.iter().enumerate() {
+        if named[..at].iter().any(|other| other.id == image.id) {
+            let why = format!("two images have the disk id {}", image.id);
+            return Err(Failure::usage("use the images", why).next("name them apart: ID=FILE"));
+        }
+    }
+    Ok(named)
+}
+
+fn vm_name(name: &str, tried: &str) -> Outcome<VmName> {
+    VmName::new(name).map_err(|e| Failure::usage(tried, e))
+}
