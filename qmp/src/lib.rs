@@ -1,6 +1,15 @@
-//! Control plane to one QEMU: QMP session, guest agent, block inventory and bitmaps.
+//! Control plane to one QEMU: QMP session, guest agent, block inventory, bitmaps and the capture.
 //!
 //! This crate moves no block data, knows no repository and speaks no NBD; it asks QEMU to export.
+//!
+//! - [`session`] is the protocol without IO; [`Monitor`] runs it on a socket. [`agent`] is the
+//!   guest agent's channel. Every call has a deadline, and a call that ran out of it may still be
+//!   carried out ([`QmpError::outcome_unknown`]).
+//! - [`features`] tells what the QEMU can do, [`inventory`] which disks there are and what stands
+//!   against backing them up, [`bitmap`] whether a bitmap may be trusted.
+//!
+//! Answers of QEMU are read field by field: what a newer version adds is passed over, what a
+//! decision needs and is not there is an error.
 
 pub mod agent;
 pub mod bitmap;

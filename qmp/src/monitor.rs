@@ -1,4 +1,4 @@
-//! A QMP connection on tokio: the [`Session`] with a socket, deadlines and callers.
+//! A QMP connection on tokio: the [`Session`](crate::session::Session) with a socket, deadlines and callers.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
