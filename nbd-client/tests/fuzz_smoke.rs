@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use icecore_nbd_client::testing::fuzz::ENTRIES;
 
 /// Mutations of each corpus file: a second or two in all.
-const MUTATIONS: u64 = 400;
+const MUTATIONS: u64 = 10_000;
 
 fn corpus(entry: &str) -> Vec<(PathBuf, Vec<u8>)> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus").join(entry);

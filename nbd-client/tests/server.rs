@@ -159,6 +159,22 @@ async fn the_tools_of_others_read_and_write_our_export() {
     listening.stop().await;
 }
 
+/// fio writes and verifies with 16 requests in flight.
+#[tokio::test]
+async fn fio_verifies_what_it_wrote() {
+    let dir = tempfile::tempdir().expect("dir");
+    let disk = Arc::new(MemoryExport::new(vec![0; (4 * MIB) as usize], Access::Writable));
+    let (listening, uri) = serve(dir.path(), disk, ServerOptions::default());
+    let work = tokio::task::spawn_blocking(move || {
+        let uri = format!("--uri={uri}");
+        let job = ["--name=v", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--size=4M"];
+        let more = ["--iodepth=16", "--verify=crc32c", "--do_verify=1", "--thread", "--minimal"];
+        common::run("fio", &[&job[..], &more[..], &[uri.as_str()]].concat());
+    });
+    work.await.expect("fio");
+    listening.stop().await;
+}
+
 #[tokio::test]
 async fn tcp_works_and_unknown_names_are_refused() {
     let disk = Arc::new(MemoryExport::new(pattern(), Access::ReadOnly));

@@ -134,3 +134,68 @@ impl Unit {
         (self.tag, self.at, self.end - self.at)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::extents::merge_equal;
+    use proptest::prelude::*;
+
+    /// A disk where granule n has the flags n % 3.
+    fn flags(at: u64) -> u64 {
+        at / 16 % 3
+    }
+
+    fn truth(ranges: &[Extent]) -> Vec<Extent> {
+        let bytes = ranges.iter().flat_map(|range| range.offset..range.end());
+        merge_equal(bytes.map(|at| Extent { offset: at, length: 1, flags: flags(at) })).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// Whatever the order and the shortness of answers, and however small the store: the
+        /// reports are the truth, ascending, and the store keeps its bound.
+        #[test]
+        fn reports_are_the_truth_in_order(
+            gaps in prop::collection::vec((0..40_u64, 1..200_u64), 0..14),
+            picks in prop::collection::vec((any::<u16>(), 1..200_u64), 40),
+            waiting_max in 0..20_usize,
+        ) {
+            let (mut at, mut units) = (0, Vec::new());
+            for (gap, length) in gaps {
+                units.push(Extent::new(at + gap, length));
+                at += gap + length;
+            }
+            let mut plan = StatusPlan::new(units.clone().into_iter(), waiting_max);
+            let (mut asked, mut reported) = (Vec::new(), Vec::new());
+            for (pick, short) in picks.iter().cycle() {
+                while let Some(request) = plan.next_request() {
+                    asked.push(request);
+                    prop_assert!(asked.len() <= WINDOW);
+                }
+                if asked.is_empty() {
+                    break;
+                }
+                let (tag, offset, length) = asked.remove(usize::from(*pick) % asked.len());
+                let answer = [Extent::new(offset, length.min(*short))];
+                for run in truth(&answer) {
+                    plan.run(tag, run);
+                    // A run that touches the one before is merged, hence the one more.
+                    let waiting: usize = plan.open.iter().skip(1).map(|u| u.runs.len()).sum();
+                    prop_assert!(waiting <= waiting_max);
+                }
+                plan.completed(tag).expect("progress");
+                reported.extend(std::iter::from_fn(|| plan.report()));
+            }
+            prop_assert!(plan.open.is_empty());
+            prop_assert_eq!(merge_equal(reported).collect::<Vec<_>>(), truth(&units));
+        }
+    }
+
+    #[test]
+    fn an_answer_without_progress_is_refused() {
+        let mut plan = StatusPlan::new([Extent::new(0, 64)].into_iter(), 8);
+        let (tag, ..) = plan.next_request().expect("a request");
+        assert!(plan.completed(tag).is_err());
+    }
+}

@@ -65,23 +65,27 @@ impl Peer {
 
 /// Starts a server in `dir` and waits until its socket `s` is there.
 pub fn start(dir: TempDir, tool: &str, args: &[String]) -> Peer {
+    let errors = std::fs::File::create(dir.path().join("stderr")).expect("log file");
     let child = Command::new(tool)
         .args(args)
         .current_dir(dir.path())
         .stdin(Stdio::null())
         .stdout(Stdio::null())
+        .stderr(errors)
         .spawn()
         .unwrap_or_else(|e| panic!("{tool}: {e}; install the Debian package {}", package(tool)));
     let mut peer = Peer { child, dir };
-    wait_for(&mut peer.child, &peer.dir.path().join("s"));
+    wait_for(&mut peer.child, peer.dir.path());
     peer
 }
 
-fn wait_for(child: &mut Child, socket: &Path) {
+fn wait_for(child: &mut Child, dir: &Path) {
     let deadline = Instant::now() + Duration::from_secs(20);
-    while !socket.exists() {
-        assert!(child.try_wait().expect("wait").is_none(), "the server ended before it listened");
-        assert!(Instant::now() < deadline, "the server never listened on {}", socket.display());
+    while !dir.join("s").exists() {
+        let ended = child.try_wait().expect("wait").is_some();
+        let words = || std::fs::read_to_string(dir.join("stderr")).unwrap_or_default();
+        assert!(!ended, "the server ended before it listened: {}", words());
+        assert!(Instant::now() < deadline, "the server never listened: {}", words());
         std::thread::sleep(Duration::from_millis(20));
     }
 }
