@@ -10,6 +10,9 @@ use std::process::Command;
 
 use crate::step::{Failure, Result, captured, privileged, program, target};
 
+/// What has to come from backports together; all else stays what it is.
+const FROM_BACKPORTS: &str = "qemu-* seabios";
+
 /// Where packages come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
@@ -41,9 +44,6 @@ pub fn install(packages: &[&str], source: Source) -> Result<()> {
     captured(apt_get(source)?.arg("update"))?;
     let mut command = apt_get(source)?;
     command.args(["install", "-y", "--no-install-recommends", "--no-remove"]);
-    if source == Source::Backports {
-        command.arg("-t").arg(format!("{}-backports", codename()?));
-    }
     captured(command.args(packages)).map(drop)
 }
 
@@ -55,6 +55,8 @@ fn apt_get(source: Source) -> Result<Command> {
         let dir = private_sources()?;
         command.arg("-o").arg(format!("Dir::Etc::SourceParts={}", dir.join("parts").display()));
         command.arg("-o").arg(format!("Dir::State::Lists={}", dir.join("lists").display()));
+        let preferences = dir.join("preferences");
+        command.arg("-o").arg(format!("Dir::Etc::Preferences={}", preferences.display()));
         // The lists lie in a folder that apt's own unprivileged user may not reach.
         command.args(["-o", "APT::Sandbox::User=root"]);
     }
@@ -78,6 +80,10 @@ fn private_sources() -> Result<PathBuf> {
          Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
     );
     std::fs::write(parts.join("icecore-backports.sources"), text)?;
+    // By pins and not by `-t`, which would take every library from there that is newer.
+    let pins =
+        format!("Package: {FROM_BACKPORTS}\nPin: release n={suite}-backports\nPin-Priority: 990\n");
+    std::fs::write(dir.join("preferences"), pins)?;
     Ok(dir)
 }
 

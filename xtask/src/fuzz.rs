@@ -7,7 +7,7 @@ use crate::step::{Result, cargo, cargo_target, shown, timed, workspace_root};
 pub fn smoke() -> Result<()> {
     let manifest = workspace_root().join("fuzz/Cargo.toml");
     timed("fuzz smoke", || {
-        let mut run = cargo(&["run", "-q", "--locked", "--bin", "smoke", "--manifest-path"]);
+        let mut run = cargo(&["run", "-q", "--bin", "smoke", "--manifest-path"]);
         shown(run.arg(manifest).arg("--target-dir").arg(cargo_target()))
     })
 }
