@@ -1,10 +1,10 @@
 //! Errors of single requests: odd ones fail the request and nothing else.
 
 use icecore_nbd_client::proto::chunk;
-use icecore_nbd_client::testing::{Act, RequestHeader, error_body, simple};
-use icecore_nbd_client::{Cause, Dialect, Errno, ProtocolError, RequestError};
+use icecore_nbd_client::testing::{Act, RequestHeader, Script, Scripted, error_body, simple};
+use icecore_nbd_client::{Cause, Control, Dialect, Errno, Options, ProtocolError, RequestError};
 
-use crate::{DIALECTS, open, read_breaks};
+use crate::{DIALECTS, SIZE, client, open, read_breaks};
 
 /// Reads at 4096 with an error and then, well answered, at 0.
 async fn failed_read(
@@ -71,6 +71,34 @@ async fn an_error_without_a_number_ends_the_connection() {
             request.chunk(dialect, chunk::FLAG_DONE, chunk::ERROR, &[0; 6])
         });
         assert_eq!(error.await, ProtocolError::ErrorZero);
+    }
+}
+
+/// Servers may refuse an effect above their payload limit; it is done again in smaller pieces.
+#[tokio::test]
+async fn a_large_effect_that_is_refused_is_split() {
+    for errno in [Errno::EINVAL, Errno::EOVERFLOW] {
+        let limit = 65_536;
+        let mut script = Script::new(SIZE);
+        script.features.maximum_block = limit;
+        let (tx, sent) = std::sync::mpsc::channel();
+        let mut server = Scripted::start(script, move |dialect, request, _| {
+            let reply = if request.length > u64::from(limit) {
+                let body = error_body(errno, "too long");
+                request.chunk(dialect, chunk::FLAG_DONE, chunk::ERROR, &body)
+            } else {
+                tx.send((request.offset, request.length)).expect("channel");
+                request.done(dialect)
+            };
+            vec![Act::Send(reply)]
+        })
+        .expect("server");
+        let socket = client(&mut server);
+        let mut control = Control::over(socket, "disk", &Options::default()).await.expect("open");
+        control.write_zeroes(0, SIZE).await.expect("in pieces");
+        let pieces: Vec<_> = sent.try_iter().collect();
+        let expected: Vec<_> = (0..16).map(|n| (n * 65_536, 65_536)).collect();
+        assert_eq!(pieces, expected);
     }
 }
 

@@ -1,5 +1,5 @@
-//! Against qemu-storage-daemon: as a server of a bitmap on a block node, and, the other way round,
-//! as the client that copies into our server (the way of a push backup).
+//! Against qemu-storage-daemon and a live QEMU: as servers of a bitmap on a block node, and, the
+//! other way round, as the client that copies into our server (the way of a push backup).
 #![allow(clippy::panic, reason = "test code outside of #[test] functions")]
 
 mod common;
@@ -30,15 +30,37 @@ impl Drop for Daemon {
 
 impl Daemon {
     fn start(dir: &Path) -> Daemon {
-        let mut child = Command::new("qemu-storage-daemon")
-            .args(["--chardev", "stdio,id=m", "--monitor", "chardev=m"])
+        let monitor = ["--chardev", "stdio,id=m", "--monitor", "chardev=m"];
+        Daemon::spawn("qemu-storage-daemon", "qemu-system-common", &monitor, dir)
+    }
+
+    /// A machine without a guest, which has the same monitor.
+    fn machine(dir: &Path) -> Daemon {
+        let args = [
+            "-M",
+            "q35",
+            "-S",
+            "-accel",
+            "tcg",
+            "-m",
+            "64",
+            "-display",
+            "none",
+            "-nodefaults",
+            "-qmp",
+            "stdio",
+        ];
+        Daemon::spawn("qemu-system-x86_64", "qemu-system-x86", &args, dir)
+    }
+
+    fn spawn(tool: &str, package: &str, args: &[&str], dir: &Path) -> Daemon {
+        let mut child = Command::new(tool)
+            .args(args)
             .current_dir(dir)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
-            .unwrap_or_else(|e| {
-                panic!("qemu-storage-daemon: {e}; install the Debian package qemu-system-common")
-            });
+            .unwrap_or_else(|e| panic!("{tool}: {e}; install the Debian package {package}"));
         let tx = child.stdin.take().expect("stdin");
         let rx = BufReader::new(child.stdout.take().expect("stdout"));
         let mut daemon = Daemon { child, tx, rx };
@@ -66,11 +88,20 @@ impl Daemon {
 }
 
 #[tokio::test]
-async fn a_bitmap_of_a_node_is_read_with_and_without_a_payload() {
+async fn a_bitmap_of_a_daemons_node_is_read_with_and_without_a_payload() {
+    read_bitmap(Daemon::start).await;
+}
+
+#[tokio::test]
+async fn a_bitmap_of_a_machines_node_is_read_with_and_without_a_payload() {
+    read_bitmap(Daemon::machine).await;
+}
+
+async fn read_bitmap(start: fn(&Path) -> Daemon) {
     let dir = tempfile::tempdir().expect("dir");
     let image = image_with_bitmap(dir.path());
     let socket = dir.path().join("s");
-    let mut daemon = Daemon::start(dir.path());
+    let mut daemon = start(dir.path());
     daemon.run(&format!(
         r#"{{"execute":"blockdev-add","arguments":{{"driver":"qcow2","node-name":"disk0","file":{{"driver":"file","filename":"{image}"}}}}}}"#
     ));
