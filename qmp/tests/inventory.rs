@@ -241,6 +241,45 @@ async fn this_qemu_has_what_a_capture_needs() {
     assert_eq!(machine.inventory().await, Inventory::default());
 }
 
+#[tokio::test]
+async fn disks_that_qemu_decrypts_are_marked() {
+    let folder = tempfile::tempdir().unwrap();
+    let secret = ["--object", "secret,id=s,data=x"];
+    let luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    image(folder.path(), "c.qcow2", &[&secret[..], &["-o", luks]].concat());
+    let machine = machine_in(
+        folder,
+        "-object secret,id=s,data=x
+         -blockdev driver=qcow2,node-name=n0,encrypt.format=luks,encrypt.key-secret=s,file.driver=file,file.filename=c.qcow2
+         -device virtio-blk-pci,drive=n0,id=vd0
+         -blockdev driver=file,node-name=n2,filename=p.raw -device virtio-blk-pci,drive=n2,id=vd2",
+    )
+    .await;
+    let seen = machine.inventory().await.disks;
+    let seen: Vec<_> =
+        seen.iter().map(|d| (d.decrypted, d.persistent_bitmaps, d.size_bytes)).collect();
+    assert_eq!(seen, [(true, true, SIZE), (false, false, SIZE)]);
+}
+
+/// Queues of one disk spread over iothreads exist from QEMU 9.0 (virtio-blk) and 10.0 (scsi).
+#[tokio::test]
+async fn disks_of_several_iothreads_name_the_first() {
+    let mapped = r#"{"driver":"virtio-blk-pci","drive":"n0","id":"vd0","num-queues":2,
+        "iothread-vq-mapping":[{"iothread":"io1"},{"iothread":"io0"}]}"#;
+    let bare = machine("").await;
+    if bare.monitor.version().major < 9 {
+        return;
+    }
+    let mapped: String = mapped.split_whitespace().collect();
+    let machine = machine(&format!(
+        "-object iothread,id=io0 -object iothread,id=io1
+         -blockdev driver=qcow2,node-name=n0,file.driver=file,file.filename=a.qcow2 -device {mapped}"
+    ))
+    .await;
+    let disk = machine.disk("vd0").await;
+    assert_eq!((disk.iothread.as_deref(), disk.refusal), (Some("io1"), None));
+}
+
 const ONE_DISK: &str =
     "-blockdev driver=qcow2,node-name=disk0,file.driver=file,file.filename=a.qcow2
     -device virtio-blk-pci,drive=disk0";

@@ -101,6 +101,7 @@ fn a_passed_descriptor_is_no_identity() {
 fn a_disk_that_qemu_decrypts_is_marked() {
     assert!(!disk(|_| {}).decrypted);
     assert!(disk(|a| a["nodes"][0]["encrypted"] = json!(true)).decrypted);
+    assert!(disk(|a| a["nodes"][0]["drv"] = json!("luks")).decrypted);
 }
 
 #[test]
