@@ -25,7 +25,8 @@ pub struct BackupStats {
     pub zero_range_bytes: u64,
     /// Blocks read although they are said to be unchanged.
     pub sampled_blocks: u64,
-    /// Of these, the ones that differ from the parent. Not empty: the bitmap cannot be trusted.
+    /// Blocks, sampled or clean and zero, that differ from the parent. If there are any the bitmap
+    /// cannot be trusted.
     pub contradictions: Differing,
     /// Latencies of the reads.
     pub latency: Latency,
@@ -62,7 +63,7 @@ pub fn backup(
         InOrder { disk, sink, on_durable, durable: BlockIndex(0), tally: Tally::default() };
     let job = Job {
         prepare: |run: Run| {
-            // A request has at most 256 blocks: one MiB of the smallest size.
+            // Pieces have at most a few thousand blocks.
             cursor
                 .parent_blocks(BlockIndex(run.first), run.count as u32)
                 .map_err(|source| failed(disk, run.first, run.count, source))
@@ -151,7 +152,7 @@ impl<F: FnMut(BlockIndex)> InOrder<F> {
                 self.tally.zero_range_bytes += bytes;
                 self.sink.push_zero_range(BlockIndex(run.first), run.count)
             }
-            (Some(blocks), Kind::Sample) => self.sample(run, blocks),
+            (Some(blocks), Kind::Sample | Kind::CleanZero) => self.sample(run, blocks),
             (Some(blocks), _) => {
                 self.tally.read_bytes += bytes;
                 self.push(run, blocks)
@@ -175,7 +176,9 @@ impl<F: FnMut(BlockIndex)> InOrder<F> {
 
     /// A sampled block that differs is a contradiction, and as it has been read it is kept.
     fn sample(&mut self, run: Run, blocks: Vec<Block>) -> icecore_repository::Result<()> {
-        self.tally.sampled_blocks += run.count;
+        if run.kind == Kind::Sample {
+            self.tally.sampled_blocks += run.count;
+        }
         for (index, block) in (run.first..).map(BlockIndex).zip(blocks) {
             if !block.agrees {
                 self.tally.contradictions.add(index);

@@ -11,13 +11,18 @@ pub enum ReadItem {
     Zero(Span),
     /// Said to be unchanged: read it and compare it with the parent.
     Sample(Span),
+    /// Said to be unchanged and known to read as zeroes: the parent must hold zeroes there. Not
+    /// read.
+    CleanZero(Span),
 }
 
 impl ReadItem {
     /// Its range, in bytes.
     pub fn span(&self) -> Span {
         match self {
-            Self::Data(span) | Self::Zero(span) | Self::Sample(span) => *span,
+            Self::Data(span) | Self::Zero(span) | Self::Sample(span) | Self::CleanZero(span) => {
+                *span
+            }
         }
     }
 }
@@ -52,6 +57,7 @@ pub enum PlanError {
 /// What is done with a run of whole blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Kind {
+    CleanZero,
     Sample,
     Zero,
     Data,
@@ -100,7 +106,8 @@ impl Blocks {
 /// Turns ascending items into ascending, disjoint, merged runs of whole blocks.
 ///
 /// A block touched by changed bytes is read, unless the zeroes cover it wholly. So of a zero range
-/// only the whole blocks inside stay zero; its edges are read.
+/// only the whole blocks inside stay zero; its edges are read. Of what is merely to be checked
+/// only whole blocks count.
 pub(crate) struct Planner<I> {
     items: I,
     disk: Blocks,
@@ -135,6 +142,8 @@ impl<I: Iterator<Item = PlanItem>> Planner<I> {
         let span = item.span();
         let (start, end, block) = (span.offset, span.offset + span.len, u64::from(self.disk.block));
         let (outer, outer_end) = (start / block, end.div_ceil(block));
+        let inner = start.div_ceil(block);
+        let inner_end = if end == self.disk.size { outer_end } else { end / block };
         let run = |kind, first: u64, end: u64| {
             (end > first).then(|| Run { kind, first, count: end - first })
         };
@@ -142,9 +151,8 @@ impl<I: Iterator<Item = PlanItem>> Planner<I> {
             _ if span.len == 0 => [None; 3],
             ReadItem::Data(_) => [run(Kind::Data, outer, outer_end), None, None],
             ReadItem::Sample(_) => [run(Kind::Sample, outer, outer_end), None, None],
+            ReadItem::CleanZero(_) => [run(Kind::CleanZero, inner, inner_end), None, None],
             ReadItem::Zero(_) => {
-                let inner = start.div_ceil(block);
-                let inner_end = if end == self.disk.size { outer_end } else { end / block };
                 if inner >= inner_end {
                     return [run(Kind::Data, outer, outer_end), None, None];
                 }
@@ -258,7 +266,7 @@ mod tests {
     fn items() -> impl Strategy<Value = (Vec<ReadItem>, u64)> {
         let step = prop_oneof![1u64..3000, (1u64..8).prop_map(|n| n * 4096), 4000u64..30_000];
         let gap = prop_oneof![Just(0u64), 1u64..9000];
-        prop::collection::vec((gap, step, 0..3u8), 0..40).prop_flat_map(|parts| {
+        prop::collection::vec((gap, step, 0..4u8), 0..40).prop_flat_map(|parts| {
             let mut at = 0;
             let mut items = Vec::new();
             for (gap, len, kind) in parts {
@@ -267,6 +275,7 @@ mod tests {
                 items.push(match kind {
                     0 => ReadItem::Data(span),
                     1 => ReadItem::Zero(span),
+                    2 => ReadItem::CleanZero(span),
                     _ => ReadItem::Sample(span),
                 });
             }
@@ -292,6 +301,8 @@ mod tests {
                     ReadItem::Sample(_) => Kind::Sample,
                     ReadItem::Zero(_) if covered => Kind::Zero,
                     ReadItem::Zero(_) => Kind::Data,
+                    ReadItem::CleanZero(_) if covered => Kind::CleanZero,
+                    ReadItem::CleanZero(_) => continue,
                 };
                 *kind = (*kind).max(Some(new));
             }

@@ -267,9 +267,7 @@ impl<N> Stream<N> {
         match outcome {
             Ok(()) if slot.step_done() => Ok(self.slots.complete(tag)),
             Ok(()) => self.issue(tag).map(|()| None),
-            Err(error) if error.kind == WireErrorKind::Unsupported => {
-                self.fall_back(tag, error).map(|()| None)
-            }
+            Err(error) if is_unsupported(&error) => self.fall_back(tag, error).map(|()| None),
             Err(error) => Err(slot.error(error)),
         }
     }
@@ -277,6 +275,11 @@ impl<N> Stream<N> {
     fn broken(&self, what: &str) -> EngineError {
         broken(self.lane, what)
     }
+}
+
+/// Servers say that they cannot do something when it was offered, too.
+fn is_unsupported(error: &WireError) -> bool {
+    error.kind == WireErrorKind::Unsupported || error.errno == Some(libc::EOPNOTSUPP)
 }
 
 fn slot_needs_zeroes<N>(slots: &Slots<N>, tag: usize) -> bool {
