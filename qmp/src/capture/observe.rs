@@ -141,6 +141,15 @@ impl Observed {
     }
 }
 
+/// All nodes with their present sizes, and nothing else.
+pub async fn node_sizes(monitor: &Monitor, wait: Duration) -> Result<Vec<SeenNode>, QmpError> {
+    let command = "query-named-block-nodes";
+    let nodes = monitor.execute_raw(command, json!({"flat": true}), wait).await?;
+    let content = |why| QmpError::Content { command: command.into(), why };
+    let nodes: Vec<NodeReply> = shaped(nodes).map_err(content)?;
+    Ok(nodes.into_iter().map(NodeReply::seen).collect())
+}
+
 /// The replies of which an [`Observed`] is made.
 #[derive(Debug, Clone)]
 struct Replies {
@@ -159,6 +168,12 @@ struct NodeReply {
     image: ImageReply,
     #[serde(rename = "dirty-bitmaps", default)]
     bitmaps: Vec<BitmapReply>,
+}
+
+impl NodeReply {
+    fn seen(self) -> SeenNode {
+        SeenNode { name: self.name, size_bytes: self.image.size }
+    }
 }
 
 #[derive(Deserialize)]
@@ -229,13 +244,12 @@ impl Replies {
     fn parse(self) -> Result<Observed, String> {
         let nodes: Vec<NodeReply> = shaped(self.nodes)?;
         let bitmaps = nodes.iter().flat_map(node_bitmaps).collect();
-        let sized = |node: NodeReply| SeenNode { name: node.name, size_bytes: node.image.size };
         let exports: Vec<ExportReply> = shaped(self.exports)?;
         let jobs: Vec<JobReply> = shaped(self.jobs)?;
         Ok(Observed {
             state: run_state(&self.status),
             bitmaps,
-            nodes: nodes.into_iter().map(sized).collect(),
+            nodes: nodes.into_iter().map(NodeReply::seen).collect(),
             edges: edges(shaped(self.graph)?),
             devices: devices(shaped(self.block)?),
             exports: exports.into_iter().map(|export| export.id).collect(),

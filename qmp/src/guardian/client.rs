@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::OsString;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,6 +15,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot};
 
+use super::leash::send_fds;
 use super::protocol::{
     Connect, ErrorKind, Expose, Exposed, GuardianError, Inspection, InstantPlan, InstantReport,
     Prepare, Prepared, Push, PushState, Released, Request, Restart, SwapAway, ToGuardian, ToWorker,
@@ -36,6 +37,7 @@ pub struct GuardianClient {
     lines: mpsc::UnboundedSender<ToGuardian>,
     waiting: Waiting,
     next_id: Arc<AtomicU64>,
+    leash: Arc<StdUnixStream>,
 }
 
 /// Tells the guardian that the worker is alive.
@@ -61,24 +63,27 @@ impl GuardianClient {
             kind: ErrorKind::GuardianGone,
             message: format!("the guardian {} cannot be started: {error}", exe.display()),
         };
-        Self::over(spawn::spawn(exe, args, locks).map_err(failed)?).map_err(failed)
+        let stream = spawn::spawn(exe, args).map_err(failed)?;
+        Self::connect_to(stream, locks).map_err(failed)
     }
 
-    /// Talks to a guardian on a stream over which the locks were already sent.
-    fn over(stream: StdUnixStream) -> std::io::Result<Self> {
+    /// Talks to a guardian that runs [`super::serve`] at the other end of `stream`.
+    pub fn connect_to(stream: StdUnixStream, locks: &[OwnedFd]) -> std::io::Result<Self> {
+        let leash = Arc::new(spawn::hand_over(&stream, locks)?);
         stream.set_nonblocking(true)?;
         let (read, write) = UnixStream::from_std(stream)?.into_split();
         let (lines, outbox) = mpsc::unbounded_channel();
         let waiting = Arc::new(Mutex::new(Some(HashMap::new())));
         tokio::spawn(send_lines(write, outbox));
         tokio::spawn(receive_lines(read, Arc::clone(&waiting)));
-        Ok(Self { lines, waiting, next_id: Arc::default() })
+        Ok(Self { lines, waiting, next_id: Arc::default(), leash })
     }
 
-    /// Talks to a guardian that runs [`super::serve`] at the other end of `stream`.
-    pub fn connect_to(stream: StdUnixStream, locks: &[OwnedFd]) -> std::io::Result<Self> {
-        spawn::send_locks(&stream, locks)?;
-        Self::over(stream)
+    /// Hands a data connection over: each NBD connection of ours to QEMU, and each of QEMU's to
+    /// a server of ours, right after it is made. The guardian ends it with the exports, and when
+    /// we stall; while it lives, closing it here is not enough for QEMU to notice.
+    pub fn leash(&self, connection: BorrowedFd<'_>) -> std::io::Result<()> {
+        send_fds(self.leash.as_fd(), &[connection])
     }
 
     /// A handle for [`Pulse::beat`].

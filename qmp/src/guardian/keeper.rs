@@ -7,12 +7,13 @@ use serde::Serialize;
 use serde_json::Value;
 use tokio::time::Instant;
 
+use super::leash::Leash;
 use super::protocol::{Connect, ErrorKind, GuardianError, Inspection, Released, Request, SwapDisk};
 use super::watch::Live;
 use crate::bitmap::Granularity;
 use crate::capture::link::{CALL_WAIT, Link};
 use crate::capture::names::BITMAP_PREFIX;
-use crate::capture::observe::{QUERY_WAIT, RunState};
+use crate::capture::observe::{QUERY_WAIT, RunState, node_sizes};
 use crate::capture::plan::{DiskPlan, Step};
 use crate::capture::{Call, Observed, Role, RunId};
 use crate::errors::QmpError;
@@ -25,6 +26,10 @@ const PATIENCE_WITH_WORKER: Duration = Duration::from_secs(20);
 
 /// How long it tries when nobody waits. A QEMU that is stopped longer is left to the next start.
 const PATIENCE_ALONE: Duration = Duration::from_secs(600);
+
+/// Longest wait for the look that is taken while data move. A QEMU that is silent longer may be
+/// waiting for one of our connections.
+const LOOK_WAIT: Duration = Duration::from_secs(2);
 
 /// How far a run has come.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,12 +60,13 @@ pub(super) struct Keeper {
     /// The guest is held stopped for a rollback.
     pub(super) held: bool,
     pub(super) probe: Option<recover::ProbeCommand>,
+    pub(super) leash: Leash,
 }
 
 pub(super) type Reply = Result<Value, GuardianError>;
 
 impl Keeper {
-    pub(super) fn new(probe: Option<recover::ProbeCommand>) -> Self {
+    pub(super) fn new(leash: Leash, probe: Option<recover::ProbeCommand>) -> Self {
         Self {
             link: None,
             intents: Intents::new(RunId(0)),
@@ -70,6 +76,7 @@ impl Keeper {
             phase: Phase::Idle,
             held: false,
             probe,
+            leash,
         }
     }
 
@@ -209,15 +216,31 @@ impl Keeper {
 
     /// Whether a disk that is being read or about to be has changed its size.
     pub(super) async fn size_change(&mut self) -> Result<Option<String>, GuardianError> {
-        let seen = self.observe().await?;
+        let run = self.intents.run;
+        let sizes = node_sizes(self.link()?.monitor(), LOOK_WAIT).await?;
         let changed = (0u16..).zip(&self.disks).find_map(|(index, disk)| {
-            let filter = seen.node(&self.intents.run.name(index, Role::Cbw))?;
-            let size = filter.size_bytes;
+            let filter = run.name(index, Role::Cbw);
+            let size = sizes.iter().find(|node| node.name == filter)?.size_bytes;
             (size != disk.size_bytes).then(|| {
                 format!("{} changed from {} to {size} bytes", disk.qom_path, disk.size_bytes)
             })
         });
         Ok(changed)
+    }
+
+    /// While data move: a disk read past a new end aborts QEMU, and a QEMU that does not answer
+    /// may be waiting for our own connections. Either ends the run; the worker learns of it with
+    /// its next request.
+    pub(super) async fn look(&mut self) {
+        match self.size_change().await {
+            Ok(None) => {}
+            Ok(Some(message)) => {
+                self.cut(GuardianError { kind: ErrorKind::SizeChanged, message }).await;
+            }
+            Err(error) => {
+                self.cut(error).await;
+            }
+        }
     }
 
     /// Takes everything out of QEMU, keeps what is known of the point, and remembers why.
@@ -244,6 +267,8 @@ impl Keeper {
     }
 
     async fn undo(&mut self, patience: Duration) -> Released {
+        // Without a word to QEMU: it may be waiting for these, and deaf.
+        self.leash.cut();
         let Some(link) = &mut self.link else { return Released::default() };
         let report = recover::run(link, &mut self.intents, &self.hands, patience).await;
         self.held = false;
@@ -258,6 +283,7 @@ impl Keeper {
 
     /// Exports end, the graph comes out; the bitmaps stay until the point's fate is told.
     pub(super) async fn release(&mut self) -> Result<Released, GuardianError> {
+        self.leash.cut();
         let mut keep = self.intents.clone();
         keep.commit = CommitState::Unknown;
         if self.held {

@@ -12,10 +12,10 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use super::keeper::{Keeper, Phase};
+use super::keeper::Keeper;
 use super::probe;
 use super::protocol::{ErrorKind, GuardianError, LINE_BYTES_MAX, ToGuardian, ToWorker};
-use super::spawn::receive_locks;
+use super::spawn::take_over;
 use super::watch::{Live, Watch};
 use crate::recover::ProbeCommand;
 
@@ -54,13 +54,13 @@ fn own_probe() -> Option<ProbeCommand> {
 /// Serves one worker on `stream` and returns when nothing of its run is left. `probe` is run with
 /// the variable [`probe::PROBE_VARIABLE`] naming the scratch directory.
 pub fn serve(stream: StdUnixStream, probe: Option<ProbeCommand>) -> std::io::Result<()> {
-    let locks = receive_locks(&stream)?;
+    let (leash, locks) = take_over(&stream)?;
     stream.set_nonblocking(true)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let served = runtime.block_on(async {
         let deaf = deafen()?;
         let (read, write) = UnixStream::from_std(stream)?.into_split();
-        Server::new(read, write, probe).run().await;
+        Server::new(read, write, Keeper::new(leash, probe)).run().await;
         drop(deaf);
         Ok(())
     });
@@ -90,12 +90,12 @@ enum Wake {
 }
 
 impl Server {
-    fn new(read: OwnedReadHalf, write: OwnedWriteHalf, probe: Option<ProbeCommand>) -> Self {
+    fn new(read: OwnedReadHalf, write: OwnedWriteHalf, keeper: Keeper) -> Self {
         Self {
             lines: BufReader::new(read),
             line: Vec::new(),
             write,
-            keeper: Keeper::new(probe),
+            keeper,
             watch: Watch::new(Duration::ZERO),
             started: Instant::now(),
         }
@@ -144,14 +144,13 @@ impl Server {
     }
 
     async fn tick(&mut self) {
+        self.keeper.leash.collect();
         let live = self.keeper.live();
         if self.watch.stalled(live, self.started.elapsed()) {
             let message = "the worker made no progress, and QEMU must not wait for it".into();
             self.keeper.cut(GuardianError { kind: ErrorKind::WorkerStalled, message }).await;
-        } else if live == Live::Data && self.keeper.phase == Phase::Exposed {
-            // A disk read past a new end aborts QEMU, so a change ends the run at once. The
-            // worker learns of it with its next request.
-            let _ = self.keeper.sizes().await;
+        } else if live == Live::Data {
+            self.keeper.look().await;
         }
     }
 }

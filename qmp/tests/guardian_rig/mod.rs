@@ -267,13 +267,18 @@ pub fn bitmap(point: &str, disk: &str) -> String {
 }
 
 async fn connect(path: &Path) -> Monitor {
+    let mut last = None;
     for _ in 0..200 {
-        if let Ok(monitor) = Monitor::connect(path, WAIT).await {
-            return monitor;
+        match Monitor::connect(path, WAIT).await {
+            Ok(monitor) => last = Some(Ok(monitor)),
+            Err(error) => last = Some(Err(error)),
+        }
+        if matches!(last, Some(Ok(_))) {
+            break;
         }
         tokio::time::sleep(Duration::from_millis(25)).await;
     }
-    panic!("QEMU does not answer on {}", path.display());
+    last.expect("tried").expect("QEMU answers")
 }
 
 pub fn run(program: &str, args: &[&str]) {
