@@ -7,6 +7,7 @@ use jiff::Timestamp;
 
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
+use crate::state::intents;
 use crate::state::locks::{Lock, LockKey};
 use crate::state::{JobId, JobKind, JobRecord, JobStatus};
 
@@ -64,6 +65,9 @@ impl Job {
         let failure: Option<&Failure> = outcome.as_ref().err();
         if let Err(also) = self.record.end(&context.state, Timestamp::now(), failure) {
             tracing::warn!("the job record was not written: {also}");
+        }
+        if let Err(also) = intents::forget(&context.state, &self.record.job) {
+            tracing::warn!("{also}");
         }
         Lock::forget(&context.state, &LockKey::job(&self.record.job));
         outcome

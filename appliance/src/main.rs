@@ -25,6 +25,7 @@ mod progress;
 mod recovery;
 mod report;
 mod restore;
+mod rollback;
 mod state;
 mod target;
 

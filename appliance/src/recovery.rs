@@ -14,7 +14,7 @@ use crate::context::Context;
 use crate::failure::{Failure, Outcome};
 use crate::guardian_process;
 use crate::points::is_alive;
-use crate::state::jobs::{self, JobRecord, JobStatus};
+use crate::state::jobs::{self, JobKind, JobRecord, JobStatus};
 use crate::state::locks::{Lock, LockKey};
 use crate::state::intents;
 
@@ -63,23 +63,34 @@ async fn recover(context: &Context, mut record: JobRecord) -> Outcome<Recovered>
     for unfinished in &record.files {
         remove_unfinished(unfinished)?;
     }
-    if left.is_empty() {
-        remove_scratch(&record);
-        intents::forget(&context.state, &record.job)?;
-    } else {
+    if !left.is_empty() {
         return Ok(Recovered { job, what: "something is left".into(), left });
     }
-    let committed = commit_state(context, &record) == CommitState::Committed;
+    remove_scratch(&record);
+    let backup = record.kind == JobKind::Backup;
+    let committed = backup && commit_state(context, &record) == CommitState::Committed;
     record.status = if committed { JobStatus::Available } else { JobStatus::Error };
     if !committed {
-        record.failure_reason =
-            Some("the run ended without a word: killed, or the host went down".into());
+        record.failure_reason = Some(reason(context, &record));
     }
     record.ended_at = Some(Timestamp::now());
     record.save(&context.state)?;
+    intents::forget(&context.state, &record.job)?;
     Lock::forget(&context.state, &LockKey::job(&record.job));
     let what = if committed { "its point was committed" } else { "undone" };
     Ok(Recovered { job, what: what.into(), left })
+}
+
+/// What the record of a dead run says.
+fn reason(context: &Context, record: &JobRecord) -> String {
+    let intents = intents::read::<Intents>(&context.state, &record.job).ok().flatten();
+    let last = intents.and_then(|mut all| all.pop());
+    if last.is_some_and(|last| last.rollback == RollbackIntent::Writing) {
+        return "the rollback was cut off after its first write, and the VM stays stopped: run it \
+                again to finish it, or roll back to its safety point"
+            .into();
+    }
+    "the run ended without a word: killed, or the host went down".into()
 }
 
 /// Undoes what is left in QEMU. A QEMU that is gone has taken everything with it.
@@ -99,13 +110,6 @@ async fn recover_qemu(context: &Context, record: &JobRecord, qmp: &Path) -> Outc
         .connect(qmp.to_owned(), record.qga.clone())
         .await
         .map_err(|e| failure(&tried, e))?;
-    if last.rollback == RollbackIntent::Writing {
-        return Ok(vec![format!(
-            "the VM stands stopped in the middle of a rollback: finish it by running the rollback \
-             to {} again, or undo it by one to its safety point",
-            record.point.as_deref().unwrap_or("the same point")
-        )]);
-    }
     let commit = commit_state(context, record);
     let mut facts = Intents { commit, ..last };
     if commit == CommitState::Committed && let Some(first) = facts.disks.first_mut() {

@@ -22,8 +22,6 @@ pub enum Level {
 #[derive(Debug, Clone)]
 pub struct Decision {
     pub parent: Option<PointId>,
-    /// The parent's size, for the range that was added since.
-    pub parent_size: u64,
     pub base: Option<Base>,
     pub doubt: Option<Doubt>,
 }
@@ -77,15 +75,14 @@ pub fn decide(level: Level, disk: &SeenDisk, parent: Option<&Point>) -> Decision
             (Verdict::Whole(doubt), _) => Some(doubt),
             (Verdict::Incremental { .. }, _) => None,
         };
-        return Decision { parent: None, parent_size: 0, base: None, doubt };
+        return Decision { parent: None, base: None, doubt };
     };
-    let parent_size = found.size_bytes;
     let parent = parent.map(|point| point.id.clone());
     match judged {
-        Verdict::Whole(doubt) => Decision { parent, parent_size, base: None, doubt: Some(doubt) },
+        Verdict::Whole(doubt) => Decision { parent, base: None, doubt: Some(doubt) },
         Verdict::Incremental { bitmap, .. } => {
-            let base = Base { bitmap, granularity: found.granularity, size_bytes: parent_size };
-            Decision { parent, parent_size, base: Some(base), doubt: None }
+            let base = Base { bitmap, granularity: found.granularity, size_bytes: found.size_bytes };
+            Decision { parent, base: Some(base), doubt: None }
         }
     }
 }

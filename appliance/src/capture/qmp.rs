@@ -59,7 +59,7 @@ pub struct QmpCapture {
     disks: Vec<SeenDisk>,
     tasks: Vec<Task>,
     intents: Intents,
-    log: Option<IntentLog>,
+    log: IntentLog,
     scratch: Option<ScratchDir>,
     exposed: Option<Exposed>,
     /// Ends the task that sends pulses when it is dropped.
@@ -88,21 +88,16 @@ impl QmpCapture {
             settings,
             tasks: Vec::new(),
             intents,
-            log: Some(log),
+            log,
             scratch: None,
             exposed: None,
             pulse: None,
         })
     }
 
-    /// The guardian, for what follows a capture.
-    pub fn guardian(&self) -> &GuardianClient {
-        &self.guardian
-    }
-
-    /// The machine's disks as QEMU names them.
-    pub fn inventory(&self) -> &Inventory {
-        &self.inventory
+    /// Whether the guest ran before anything was done.
+    pub fn was_running(&self) -> bool {
+        self.was_running
     }
 
     fn failed(&self, error: GuardianError) -> Failure {
@@ -111,10 +106,7 @@ impl QmpCapture {
 
     /// What is about to be done is on disk before it is done.
     fn record(&mut self) -> Outcome<()> {
-        match &mut self.log {
-            Some(log) => log.record(&self.intents),
-            None => Ok(()),
-        }
+        self.log.record(&self.intents)
     }
 
     fn disk(&self, task: &Task) -> &Disk {
@@ -186,7 +178,7 @@ impl QmpCapture {
             base: task.base.as_ref().map(guardian_base),
         });
         let expose = Expose { disks: disks.collect(), trim: false };
-        self.start_pulse();
+        self.pulse = Some(start_pulse(&self.guardian, Arc::clone(&self.settings.pulse)));
         let exposed = self.guardian.expose(expose).await.map_err(|e| self.failed(e))?;
         self.exposed = Some(exposed);
         Ok(())
@@ -199,24 +191,6 @@ impl QmpCapture {
         } else {
             Form::Pull
         }
-    }
-
-    /// The guardian hears the data plane's pulse. While no data thread runs this process has
-    /// nothing unread, and the loop that sends is the sign of life.
-    fn start_pulse(&mut self) {
-        let pulse = self.guardian.pulse();
-        let counter = Arc::clone(&self.settings.pulse);
-        self.pulse = Some(tokio::spawn(async move {
-            let mut idle = 0;
-            let mut before = 0;
-            loop {
-                let count = counter.load(Ordering::Relaxed);
-                idle += u64::from(count == before);
-                before = count;
-                pulse.beat(count + idle);
-                tokio::time::sleep(PULSE_INTERVAL).await;
-            }
-        }));
     }
 
     fn stop_pulse(&mut self) {
@@ -322,7 +296,7 @@ impl Capture for QmpCapture {
         let released = match fate {
             Fate::Committed => self.guardian.retire(self.superseded()).await,
             Fate::NotCommitted => self.guardian.drop_new().await,
-            // Both bitmaps stay, and the log too, until the repository has been asked.
+            // Both bitmaps stay; the next point that is committed retires whichever is older.
             Fate::Unknown => return Ok(()),
         };
         let released = released.map_err(|e| self.failed(e))?;
@@ -330,7 +304,7 @@ impl Capture for QmpCapture {
             let why = format!("left in QEMU: {}", released.left.join("; "));
             return Err(Failure::failed(&self.settings.tried, why));
         }
-        self.log.take().map_or(Ok(()), IntentLog::remove)
+        Ok(())
     }
 }
 
@@ -343,6 +317,37 @@ impl QmpCapture {
             matches!(Owner::of(name, &self.settings.repository), Owner::ThisRepository(_))
         };
         on_disks.map(|bitmap| bitmap.name.clone()).filter(|name| ours(name)).collect()
+    }
+}
+
+/// Lets the guardian hear the data plane's pulse until the task is aborted. While no data thread
+/// runs this process has nothing unread, and the loop that sends is the sign of life.
+pub fn start_pulse(
+    guardian: &GuardianClient,
+    counter: Arc<AtomicU64>,
+) -> tokio::task::JoinHandle<()> {
+    let pulse = guardian.pulse();
+    tokio::spawn(async move {
+        let mut idle = 0;
+        let mut before = 0;
+        loop {
+            let count = counter.load(Ordering::Relaxed);
+            idle += u64::from(count == before);
+            before = count;
+            pulse.beat(count + idle);
+            tokio::time::sleep(PULSE_INTERVAL).await;
+        }
+    })
+}
+
+/// What is put on record of a disk before a rollback touches it.
+pub fn disk_intent_of(disk: &Disk) -> DiskIntent {
+    DiskIntent {
+        qom_path: disk.drive_path.clone(),
+        node: disk.node.clone(),
+        new_bitmap: None,
+        old_bitmaps: Vec::new(),
+        iothread: disk.iothread.clone(),
     }
 }
 

@@ -1,6 +1,182 @@
 //! `icecore rollback`.
-use crate::cli::args::RollbackArgs;
+
+use icecore_qmp::guardian::protocol::{Freeze, Then};
+use icecore_repository::{Point, Repository};
+use serde::Serialize;
+
+use super::backup::{absolute, repository_part};
+use super::point::find;
+use crate::backup::{Request as BackupRequest, granularity};
+use crate::capture::decide::Level;
+use crate::capture::qmp::Settings;
+use crate::cli::OK;
+use crate::cli::args::{RestartArg, RollbackArgs, VerifyRollbackArg};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
-/// x
-pub async fn run(_: &Context, _: RollbackArgs) -> Outcome<u8> { Err(Failure::failed("a","b")) }
+use crate::interrupt::Interrupt;
+use crate::job::Job;
+use crate::names::human_bytes;
+use crate::output::{self, Rows};
+use crate::recovery;
+use crate::rollback::{Live, Request, Rollback, RolledBack};
+use crate::state::JobKind;
+use crate::target::{self, Reach, Vm};
+
+/// How long the agent may take to freeze before a rollback; it goes on without.
+const FREEZE_LIMIT_MS: u64 = 5000;
+
+#[derive(Debug, Serialize)]
+struct RollbackReport {
+    point: String,
+    vm: String,
+    job: String,
+    #[serde(flatten)]
+    done: RolledBack,
+    dry_run: bool,
+    seconds: f64,
+}
+
+/// Runs `icecore rollback`.
+pub async fn run(context: &Context, args: RollbackArgs) -> Outcome<u8> {
+    let started = std::time::Instant::now();
+    let vm = Vm::from_args(context, &args.vm, "roll a VM back")?;
+    let tried = format!("roll {} back to {}", vm.name, args.to);
+    let request = request(&args, &tried)?;
+    let interrupt = Interrupt::listen()?;
+    let repository = context.open(&args.repo.repo)?;
+    let point = find(&repository, &args.to, Some(vm.name.as_str()), &tried)?;
+    let mut job =
+        Job::begin(context, JobKind::Rollback, &args.repo.repo, &vm.lock_keys(), &tried)?;
+    recovery::recover_all(context).await;
+    job.record.vm = Some(vm.name.to_string());
+    job.record.repository_id = Some(repository.id().to_string());
+    job.record.point = Some(point.id.to_string());
+    job.save(context)?;
+    let outcome =
+        dispatch(context, &repository, &point, &request, &mut job, &interrupt, (&vm, &args), &tried).await;
+    let id = job.id().to_string();
+    let done = job.end(context, outcome)?;
+    let seconds = started.elapsed().as_secs_f64();
+    let (point, vm, dry_run) = (point.id.to_string(), vm.name.to_string(), args.dry_run);
+    print(context, RollbackReport { point, vm, job: id, done, dry_run, seconds })?;
+    Ok(OK)
+}
+
+#[allow(clippy::too_many_arguments)] // One call, from one place.
+async fn dispatch(
+    context: &Context,
+    repository: &Repository,
+    point: &Point,
+    request: &Request,
+    job: &mut Job,
+    interrupt: &Interrupt,
+    (vm, args): (&Vm, &RollbackArgs),
+    tried: &str,
+) -> Outcome<RolledBack> {
+    let safety = safety_request(vm, point);
+    let live = match &vm.reach {
+        Reach::Images(_) => None,
+        Reach::Qmp { qmp, qga } => {
+            Some(live(context, repository, job, qmp, qga.as_deref(), args, tried).await?)
+        }
+    };
+    let mut rollback = Rollback { context, repository, point, request, job, interrupt, tried };
+    match (&vm.reach, live) {
+        (Reach::Images(images), _) => rollback.images(images, safety).await,
+        (_, Some(live)) => rollback.live(live, safety).await,
+        (_, None) => Err(Failure::failed(tried, "the VM cannot be reached")),
+    }
+}
+
+async fn live(
+    context: &Context,
+    repository: &Repository,
+    job: &mut Job,
+    qmp: &std::path::Path,
+    qga: Option<&std::path::Path>,
+    args: &RollbackArgs,
+    tried: &str,
+) -> Outcome<Live> {
+    let user = target::qemu_user(qmp, tried)?;
+    let scratch = match &args.scratch {
+        Some(dir) => absolute(dir, tried)?,
+        None => absolute(&context.state.root().join("scratch"), tried)?,
+    };
+    job.record.qmp = Some(absolute(qmp, tried)?);
+    job.record.qga = qga.map(|path| absolute(path, tried)).transpose()?;
+    job.record.scratch = Some(scratch.join(format!("icecore-{}", job.id().run())));
+    job.save(context)?;
+    let guardian = target::guard(context, qmp, qga.map(ToOwned::to_owned), tried).await?;
+    let run = job.id().run().parse().map_err(|e| Failure::failed(tried, e))?;
+    let freeze = if qga.is_some() { Freeze::Try(FREEZE_LIMIT_MS) } else { Freeze::No };
+    let settings = Settings {
+        run,
+        freeze: if args.dry_run { Freeze::No } else { freeze },
+        scratch: scratch.clone(),
+        scratch_limit: None,
+        then: if args.dry_run { Then::Continue } else { Then::Hold },
+        user,
+        granularity: granularity(repository),
+        repository: repository_part(repository, tried)?,
+        pulse: job.pulse(),
+        tried: tried.to_owned(),
+    };
+    Ok(Live { guardian, run, scratch, user, freeze, settings })
+}
+
+fn request(args: &RollbackArgs, tried: &str) -> Outcome<Request> {
+    let ids = args.disk.iter().map(|id| id.parse().map_err(|e| Failure::usage(tried, e)));
+    Ok(Request {
+        disks: ids.collect::<Outcome<_>>()?,
+        safety_point: !args.no_safety_point,
+        verify_full: args.verify == VerifyRollbackArg::Full,
+        resize: args.resize,
+        restart: args.restart != RestartArg::None,
+        dry_run: args.dry_run,
+    })
+}
+
+/// The safety point holds what is there now, so that a rollback can be rolled back.
+fn safety_request(vm: &Vm, point: &Point) -> BackupRequest {
+    BackupRequest {
+        vm: vm.name.clone(),
+        level: Level::Auto,
+        disks: Vec::new(),
+        exclude: Vec::new(),
+        chain: None,
+        label: Some("safety".into()),
+        description: Some(format!("before the rollback to {}", point.id)),
+        rate_limit: None,
+        strict: false,
+        paranoid: false,
+        dry_run: false,
+    }
+}
+
+fn print(context: &Context, report: RollbackReport) -> Outcome<()> {
+    if context.json {
+        return output::json(&report);
+    }
+    let verb = if report.dry_run { "would roll" } else { "rolled" };
+    let mut text = format!("{verb} {} back to {} in {:.1} s", report.vm, report.point, report.seconds);
+    if let Some(safety) = &report.done.safety_point {
+        text += &format!("; what was there is point {safety}");
+    }
+    text += if report.done.vm_restarted { "; the VM runs again\n" } else { "\n" };
+    output::print(&text)?;
+    let mut table = Rows::new(&["disk", "differing", "written", "verified", "seconds"]);
+    for disk in report.done.disks {
+        table.add(vec![
+            disk.disk,
+            human_bytes(disk.differing_bytes),
+            human_bytes(disk.written_bytes),
+            if disk.verified { "yes" } else { "no" }.into(),
+            format!("{:.1}", disk.seconds),
+        ]);
+    }
+    table.print("no disks")?;
+    for disk in report.done.left_alone {
+        eprintln!("icecore: left alone: disk {disk} is not part of this rollback");
+    }
+    Ok(())
+}

@@ -1,6 +1,320 @@
-//! x
+//! `icecore vm`.
+
+use std::collections::BTreeMap;
+
+use icecore_qmp::bitmap::BitmapName;
+use icecore_repository::{Point, Repository, VmName};
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::capture::qmp::failure;
 use crate::cli::args::VmCommand;
+use crate::cli::{OK, VmArgs};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
-/// x
-pub async fn run(_: &Context, _: VmCommand) -> Outcome<u8> { Err(Failure::failed("a","b")) }
+use crate::image;
+use crate::names::human_bytes;
+use crate::output::{self, Rows, when};
+use crate::recovery;
+use crate::state::locks::Lock;
+use crate::state::JobId;
+use crate::target::{self, Reach, Vm};
+
+/// Runs `icecore vm …`.
+pub async fn run(context: &Context, command: VmCommand) -> Outcome<u8> {
+    match command {
+        VmCommand::List { repo } => list(context, repo.repo.as_deref()),
+        VmCommand::Show { vm, repo } => show(context, &vm, repo.repo.as_deref()).await,
+        VmCommand::Release { vm } => release(context, &vm).await,
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct VmRow {
+    vm: String,
+    configured: bool,
+    points: usize,
+    last_point: Option<String>,
+    last_point_at: Option<Timestamp>,
+    last_point_age_seconds: Option<i64>,
+    protected: bool,
+}
+
+fn list(context: &Context, repo: Option<&str>) -> Outcome<u8> {
+    let points = match repo {
+        Some(repo) => context
+            .open_read_only(repo)?
+            .points()
+            .map_err(|e| Failure::from_repository("list VMs", e))?,
+        None => Vec::new(),
+    };
+    let mut of_vm: BTreeMap<String, Vec<&Point>> = BTreeMap::new();
+    for name in context.config.vm.keys() {
+        of_vm.entry(name.clone()).or_default();
+    }
+    for point in &points {
+        of_vm.entry(point.vm.to_string()).or_default().push(point);
+    }
+    let rows: Vec<VmRow> = of_vm.into_iter().map(|(vm, points)| row(context, vm, &points)).collect();
+    if context.json {
+        output::json(&rows)?;
+        return Ok(OK);
+    }
+    let mut table = Rows::new(&["vm", "configured", "points", "last point", "taken"]);
+    for row in rows {
+        table.add(vec![
+            row.vm,
+            if row.configured { "yes" } else { "no" }.into(),
+            row.points.to_string(),
+            row.last_point.unwrap_or_else(|| "-".into()),
+            row.last_point_at.map_or_else(|| "-".into(), when),
+        ]);
+    }
+    table.print("no VMs: configure some, or name a repository with --repo")?;
+    Ok(OK)
+}
+
+fn row(context: &Context, vm: String, points: &[&Point]) -> VmRow {
+    let last = points.last();
+    let at = last.map(|point| point.meta.captured_at);
+    VmRow {
+        configured: context.config.vm.contains_key(&vm),
+        points: points.len(),
+        last_point: last.map(|point| point.id.to_string()),
+        last_point_at: at,
+        last_point_age_seconds: at.map(|at| Timestamp::now().as_second() - at.as_second()),
+        protected: last.is_some(),
+        vm,
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct VmDetail {
+    #[serde(flatten)]
+    row: VmRow,
+    running: bool,
+    qemu_version: Option<String>,
+    disks: Vec<DiskDetail>,
+    unprotected: Vec<crate::report::Unprotected>,
+    leftovers: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct DiskDetail {
+    disk: String,
+    size_bytes: u64,
+    file: Option<String>,
+    iothread: Option<String>,
+    refusal: Option<String>,
+    bitmaps: Vec<BitmapDetail>,
+}
+
+#[derive(Debug, Serialize)]
+struct BitmapDetail {
+    name: String,
+    /// Whether Icecore made it.
+    ours: bool,
+    point: Option<String>,
+    granularity: u64,
+    dirty_bytes: Option<u64>,
+    health: &'static str,
+}
+
+async fn show(context: &Context, args: &VmArgs, repo: Option<&str>) -> Outcome<u8> {
+    let vm = Vm::from_args(context, args, "show a VM")?;
+    let tried = format!("show {}", vm.name);
+    recovery::recover_all(context).await;
+    let repository = repo.map(|repo| context.open_read_only(repo)).transpose()?;
+    let row = row_of(context, repository.as_ref(), &vm.name, &tried)?;
+    let detail = match &vm.reach {
+        Reach::Qmp { qmp, qga } => {
+            let guardian = target::guard(context, qmp, qga.clone(), &tried).await?;
+            let seen = guardian.inspect().await.map_err(|e| failure(&tried, e))?;
+            let unprotected = seen.inventory.unprotected.iter();
+            VmDetail {
+                row,
+                running: seen.running,
+                qemu_version: Some(seen.features.version.to_string()),
+                disks: seen.inventory.disks.iter().map(disk_of_qemu).collect(),
+                unprotected: unprotected
+                    .map(|device| crate::report::Unprotected {
+                        disk: device.id.clone(),
+                        why: device.why.clone(),
+                    })
+                    .collect(),
+                leftovers: seen.leftovers.iter().map(ToString::to_string).collect(),
+            }
+        }
+        Reach::Images(images) => VmDetail {
+            row,
+            running: false,
+            qemu_version: None,
+            disks: images.iter().map(|image| disk_of_image(image, &tried)).collect::<Outcome<_>>()?,
+            unprotected: Vec::new(),
+            leftovers: Vec::new(),
+        },
+    };
+    print(context, &detail)?;
+    Ok(OK)
+}
+
+fn row_of(
+    context: &Context,
+    repository: Option<&Repository>,
+    vm: &VmName,
+    tried: &str,
+) -> Outcome<VmRow> {
+    let points = match repository {
+        Some(repository) => {
+            repository.points().map_err(|e| Failure::from_repository(tried, e))?
+        }
+        None => Vec::new(),
+    };
+    let of_vm: Vec<&Point> = points.iter().filter(|point| &point.vm == vm).collect();
+    Ok(row(context, vm.to_string(), &of_vm))
+}
+
+fn disk_of_qemu(disk: &icecore_qmp::inventory::Disk) -> DiskDetail {
+    DiskDetail {
+        disk: disk.id.clone(),
+        size_bytes: disk.size_bytes,
+        file: disk.layers.last().map(|layer| layer.file.clone()),
+        iothread: disk.iothread.clone(),
+        refusal: disk.refusal.as_ref().map(ToString::to_string),
+        bitmaps: disk
+            .bitmaps
+            .iter()
+            .map(|b| bitmap(&b.name, b.granularity_bytes, Some(b.dirty_bytes), health(b)))
+            .collect(),
+    }
+}
+
+fn disk_of_image(named: &crate::capture::image::Named, tried: &str) -> Outcome<DiskDetail> {
+    let format = image::of_file(&named.path).map_err(|e| Failure::failed(tried, e))?;
+    let info = image::info(&named.path, format)?;
+    let of = |b: &image::ImageBitmap| {
+        let health = match (b.inconsistent(), b.recording()) {
+            (true, _) => "inconsistent",
+            (false, true) => "ok",
+            (false, false) => "not recording",
+        };
+        bitmap(&b.name, b.granularity, None, health)
+    };
+    Ok(DiskDetail {
+        disk: named.id.to_string(),
+        size_bytes: info.size_bytes,
+        file: Some(named.path.display().to_string()),
+        iothread: None,
+        refusal: None,
+        bitmaps: info.bitmaps.iter().map(of).collect(),
+    })
+}
+
+fn bitmap(name: &str, granularity: u64, dirty_bytes: Option<u64>, health: &'static str) -> BitmapDetail {
+    let ours = name.parse::<BitmapName>().ok();
+    BitmapDetail {
+        name: name.to_owned(),
+        ours: ours.is_some(),
+        point: ours.map(|name| name.point.to_string()),
+        granularity,
+        dirty_bytes,
+        health,
+    }
+}
+
+fn health(bitmap: &icecore_qmp::bitmap::Bitmap) -> &'static str {
+    match (bitmap.inconsistent, bitmap.recording, bitmap.busy) {
+        (true, _, _) => "inconsistent",
+        (_, false, _) => "not recording",
+        (_, _, true) => "busy",
+        _ => "ok",
+    }
+}
+
+fn print(context: &Context, detail: &VmDetail) -> Outcome<()> {
+    if context.json {
+        return output::json(detail);
+    }
+    let state = if detail.running { "running" } else { "not running" };
+    let last = detail.row.last_point.as_deref().unwrap_or("none");
+    let text = format!("{}: {state}, {} points, last {last}\n", detail.row.vm, detail.row.points);
+    output::print(&text)?;
+    let mut table = Rows::new(&["disk", "size", "file", "bitmap of point", "health", "dirty"]);
+    for disk in &detail.disks {
+        let ours: Vec<&BitmapDetail> = disk.bitmaps.iter().filter(|b| b.ours).collect();
+        let points: Vec<_> = ours.iter().filter_map(|b| b.point.clone()).collect();
+        let health = match (&disk.refusal, ours.first()) {
+            (Some(refusal), _) => refusal.clone(),
+            (None, Some(bitmap)) => bitmap.health.into(),
+            (None, None) => "no bitmap yet".into(),
+        };
+        let dirty: u64 = ours.iter().filter_map(|b| b.dirty_bytes).max().unwrap_or(0);
+        table.add(vec![
+            disk.disk.clone(),
+            human_bytes(disk.size_bytes),
+            disk.file.clone().unwrap_or_default(),
+            points.join(", "),
+            health,
+            human_bytes(dirty),
+        ]);
+    }
+    table.print("no disks")?;
+    for device in &detail.unprotected {
+        output::print(&format!("unprotected: {}: {}\n", device.disk, device.why))?;
+    }
+    for run in &detail.leftovers {
+        output::print(&format!("left by run {run}: see 'icecore doctor'\n"))?;
+    }
+    Ok(())
+}
+
+async fn release(context: &Context, args: &VmArgs) -> Outcome<u8> {
+    let vm = Vm::from_args(context, args, "release a VM")?;
+    let tried = format!("release {}", vm.name);
+    let job = JobId::new(Timestamp::now())?;
+    let mut locks = Vec::new();
+    for key in vm.lock_keys() {
+        locks.push(Lock::take(&context.state, &key, &job, &tried)?);
+    }
+    recovery::recover_all(context).await;
+    let removed = match &vm.reach {
+        Reach::Qmp { qmp, qga } => {
+            let guardian = target::guard(context, qmp, qga.clone(), &tried).await?;
+            let seen = guardian.inspect().await.map_err(|e| failure(&tried, e))?;
+            let all = seen.inventory.disks.iter().flat_map(|disk| &disk.bitmaps);
+            let ours: Vec<String> = all.map(|b| b.name.clone()).filter(|n| is_ours(n)).collect();
+            let left = guardian.forget(ours.clone()).await.map_err(|e| failure(&tried, e))?.left;
+            if !left.is_empty() {
+                return Err(Failure::failed(tried, format!("left in QEMU: {}", left.join("; "))));
+            }
+            ours
+        }
+        Reach::Images(images) => release_images(images, &tried)?,
+    };
+    if context.json {
+        output::json(&serde_json::json!({ "vm": vm.name, "removed_bitmaps": removed }))?;
+    } else {
+        output::print(&format!("released {}: {} bitmaps removed\n", vm.name, removed.len()))?;
+    }
+    Ok(OK)
+}
+
+fn release_images(images: &[crate::capture::image::Named], tried: &str) -> Outcome<Vec<String>> {
+    let mut removed = Vec::new();
+    for named in images {
+        let format = image::of_file(&named.path).map_err(|e| Failure::failed(tried, e))?;
+        image::require_unlocked(&named.path, format, tried)?;
+        for bitmap in image::info(&named.path, format)?.bitmaps {
+            if is_ours(&bitmap.name) {
+                image::remove_bitmap(&named.path, &bitmap.name, tried)?;
+                removed.push(bitmap.name);
+            }
+        }
+    }
+    Ok(removed)
+}
+
+fn is_ours(name: &str) -> bool {
+    name.parse::<BitmapName>().is_ok()
+}
+

@@ -7,6 +7,6 @@ mod storage_daemon;
 
 pub use format::{Format, of_file};
 pub use info::{
-    ImageInfo, add_bitmap, create_qcow2, info, remove_bitmap, require_unlocked, resize,
+    ImageBitmap, ImageInfo, add_bitmap, create_qcow2, info, remove_bitmap, require_unlocked, resize,
 };
 pub use storage_daemon::{Served, StorageDaemon};

@@ -44,11 +44,6 @@ impl IntentLog {
         written.map_err(|e| failure("write", &self.path, e))
     }
 
-    /// The run has ended and nothing of it is left.
-    pub fn remove(self) -> Outcome<()> {
-        let removed = std::fs::remove_file(&self.path).and_then(|()| sync_parent(&self.path));
-        removed.map_err(|e| failure("remove", &self.path, e))
-    }
 }
 
 /// The intents of `job`, or `None` where it left no log. A torn last line is an intent whose step
@@ -109,7 +104,7 @@ mod tests {
         log.record(&7).unwrap();
         log.record(&9).unwrap();
         assert_eq!(read::<u32>(&state, &job).unwrap(), Some(vec![7, 9]));
-        log.remove().unwrap();
+        forget(&state, &job).unwrap();
         assert_eq!(read::<u32>(&state, &job).unwrap(), None);
     }
 }

@@ -1,0 +1,118 @@
+//! Writing the differing blocks of one disk, and the proof of it.
+
+use std::time::Instant;
+
+use icecore_io_engine::{
+    BlockRange, BlockRanges, EngineError, LaneSet, Options, TargetState, Verify, compare_blocks,
+    dry_run, restore, whole_disk,
+};
+use icecore_nbd_client::Uri;
+use icecore_repository::{BlockHasher, DiskId, DiskReader};
+
+use super::{Rollback, RolledBackDisk, ranges};
+use crate::data;
+use crate::failure::{Failure, Outcome};
+use crate::nbd;
+use crate::progress::{Meter, Progress};
+use crate::restore;
+
+/// Blocks of the rest that are read and compared, where not everything is.
+const SAMPLES: usize = 16;
+
+impl Rollback<'_> {
+    /// Writes `blocks` of the wanted point to the export, reads them back and samples the rest (or
+    /// reads everything).
+    pub(super) async fn write(
+        &self,
+        disk: &DiskId,
+        uri: &Uri,
+        blocks: Vec<BlockRange>,
+    ) -> Outcome<RolledBackDisk> {
+        let started = Instant::now();
+        let tried = format!("write disk {disk} back to {}", self.point.id);
+        let wanted = self.reader(self.point, disk)?;
+        let block = u64::from(wanted.block_size().bytes());
+        let differing_bytes = ranges::bytes(&blocks, block, wanted.size_bytes());
+        let lanes = nbd::lanes(uri, &tried).await?;
+        let mut set = LaneSet::new(lanes, self.context.engine)
+            .map_err(|e| Failure::failed(&tried, e))?;
+        // From the first write on there is only one way: an interrupt is heard when it is done.
+        let mut options = data::options(self.context, &Default::default());
+        options.control.pulse = self.job.pulse();
+        let meter = Meter::new(differing_bytes, options.control.progress.clone());
+        let _shown = Progress::show(format!("rolling back {disk}"), meter, self.context.quiet);
+        let (hasher, full) = (self.repository.hasher(), self.request.verify_full);
+        let samples = samples(wanted.size_bytes().div_ceil(block), &tried)?;
+        let written_bytes = data::blocking(move || {
+            let written = differing(&wanted, hasher, &mut set, &blocks, &options)?;
+            match full {
+                true => prove_all(&wanted, hasher, &mut set, &options)?,
+                false => prove_some(&wanted, hasher, &mut set, &samples, &options)?,
+            }
+            Ok(written)
+        })
+        .await
+        .map_err(|e| restore::failure(&tried, e))?;
+        Ok(RolledBackDisk {
+            disk: disk.to_string(),
+            differing_bytes,
+            written_bytes,
+            verified: true,
+            seconds: started.elapsed().as_secs_f64(),
+        })
+    }
+}
+
+fn differing(
+    wanted: &DiskReader,
+    hasher: BlockHasher,
+    set: &mut LaneSet,
+    blocks: &[BlockRange],
+    options: &Options,
+) -> Result<u64, EngineError> {
+    let ranges = || -> BlockRanges<'_> { Box::new(blocks.iter().copied().map(Ok)) };
+    let state = TargetState::Unknown;
+    let stats =
+        restore(wanted, hasher, set, state, Some(&ranges), Verify::ReadBack, options)?;
+    Ok(stats.written_bytes)
+}
+
+fn prove_all(
+    wanted: &DiskReader,
+    hasher: BlockHasher,
+    set: &mut LaneSet,
+    options: &Options,
+) -> Result<(), EngineError> {
+    let size = wanted.size_bytes();
+    let found = dry_run(set, size, wanted.block_size(), hasher, whole_disk(size), options)?.root;
+    match wanted.content_root() {
+        expected if expected == found => Ok(()),
+        expected => Err(EngineError::RootDiffers { expected, found }),
+    }
+}
+
+fn prove_some(
+    wanted: &DiskReader,
+    hasher: BlockHasher,
+    set: &mut LaneSet,
+    samples: &[BlockRange],
+    options: &Options,
+) -> Result<(), EngineError> {
+    let ranges = || -> BlockRanges<'_> { Box::new(samples.iter().copied().map(Ok)) };
+    let (differing, _) = compare_blocks(set, wanted, hasher, &ranges, options)?;
+    match differing.first.first() {
+        None => Ok(()),
+        Some(first) => {
+            Err(EngineError::BlocksDiffer { count: differing.count, first: first.0 })
+        }
+    }
+}
+
+fn samples(blocks: u64, tried: &str) -> Outcome<Vec<BlockRange>> {
+    let mut chosen = std::collections::BTreeSet::new();
+    for _ in 0..if blocks == 0 { 0 } else { SAMPLES } {
+        let random = getrandom::u64().map_err(|e| Failure::failed(tried, e))?;
+        chosen.insert(random % blocks);
+    }
+    Ok(chosen.into_iter().map(|first| BlockRange { first, count: 1 }).collect())
+}
