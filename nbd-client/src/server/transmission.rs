@@ -275,7 +275,7 @@ fn reply(
         Ok(Answer::Done) if chunked => last(chunk::NONE, Vec::new()),
         Ok(Answer::Done) => (replies::simple(cookie, None), Vec::new()),
         Ok(Answer::Data(data)) if !chunked => (replies::simple(cookie, None), data),
-        Ok(Answer::Data(data)) if data.iter().all(|byte| *byte == 0) => {
+        Ok(Answer::Data(data)) if is_zero(&data) => {
             last(chunk::OFFSET_HOLE, replies::hole_body(offset, data.len() as u32))
         }
         Ok(Answer::Data(data)) => {
@@ -287,6 +287,11 @@ fn reply(
             (status_chunks(dialect, cookie, offset, &answers), Vec::new())
         }
     }
+}
+
+/// Whether all bytes are zero. Whole blocks are folded, which compiles to vector instructions.
+fn is_zero(data: &[u8]) -> bool {
+    data.chunks(4096).all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 fn status_chunks(
