@@ -1,5 +1,6 @@
 //! A point being written, and its commit: packs, maps, manifest, read back, fence, receipt.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -8,7 +9,7 @@ use crate::dedup::DedupIndex;
 use crate::encoder::Encoders;
 use crate::envelope::Kind;
 use crate::error::{Damage, DamageKind, Error, Result};
-use crate::ids::{ChainId, PointId, VmName, WriterId};
+use crate::ids::{ChainId, PackId, PointId, VmName, WriterId};
 use crate::manifest::{self, Receipt};
 use crate::map::{Below, MapView, RunDraft, RunReader, fold, merge_count};
 use crate::names;
@@ -67,8 +68,8 @@ impl Repository {
         };
         let announcement = self.inner.coordination.announce(&record)?;
         match self.prepare(&begin, &announcement) {
-            Ok((point, chain, dedup)) => {
-                let session = Session::new(Arc::clone(&self.inner), point, dedup);
+            Ok((point, chain, dedup, quarantined)) => {
+                let session = Session::new(Arc::clone(&self.inner), point, dedup, quarantined);
                 let (session, vm) = (Arc::new(session), begin.vm);
                 let announcement = Some(announcement);
                 Ok(PointWriter { session, chain, vm, writer_id, announcement })
@@ -84,7 +85,7 @@ impl Repository {
         &self,
         begin: &BeginPoint,
         announcement: &Announcement,
-    ) -> Result<(PointId, ChainId, DedupIndex)> {
+    ) -> Result<(PointId, ChainId, DedupIndex, BTreeSet<PackId>)> {
         let points = self.points()?;
         let of_chain = |point: &Point| match &begin.chain {
             ChainChoice::New => false,
@@ -102,19 +103,27 @@ impl Repository {
             ChainChoice::New => ChainId::from(&point),
             ChainChoice::Existing(chain) => chain.clone(),
         };
-        Ok((point, chain, load_dedup(&self.inner, announcement.generation())?))
+        let quarantined = self.inner.coordination.quarantined()?;
+        let dedup = load_dedup(&self.inner, announcement.generation(), &quarantined)?;
+        Ok((point, chain, dedup, quarantined))
     }
 }
 
 /// The dedup cache, if it is of this generation and as far as its packs are there.
-fn load_dedup(inner: &Inner, generation: Generation) -> Result<DedupIndex> {
+fn load_dedup(
+    inner: &Inner,
+    generation: Generation,
+    quarantined: &BTreeSet<PackId>,
+) -> Result<DedupIndex> {
     let saved = inner.cache.as_ref().and_then(|cache| cache.read(Kind::DEDUP, DEDUP_FILE));
     let Some(saved) = saved else { return Ok(DedupIndex::new()) };
     let of_generation = saved
         .split_first_chunk::<8>()
         .filter(|(number, _)| Generation(u64::from_le_bytes(**number)) == generation);
     let Some((_, table)) = of_generation else { return Ok(DedupIndex::new()) };
-    let loaded = DedupIndex::load(table, |pack| Ok(inner.store.exists(&names::pack(pack)?)?));
+    let loaded = DedupIndex::load(table, |pack| {
+        Ok(!quarantined.contains(&pack) && inner.store.exists(&names::pack(pack)?)?)
+    });
     match loaded {
         Err(Error::Damaged(_)) => Ok(DedupIndex::new()),
         other => other,
@@ -167,7 +176,7 @@ impl PointWriter {
             });
         }
         Ok(DiskWriter {
-            cursor: ParentCursor::new(parent.as_ref()),
+            cursor: ParentCursor::new(Arc::clone(&self.session), parent.as_ref()),
             encoders: Encoders::new(Arc::clone(&self.session)),
             sink: DiskSink::new(Arc::clone(&self.session), start, parent)?,
         })

@@ -54,6 +54,8 @@ pub(crate) struct Session {
     pub(crate) inner: Arc<Inner>,
     pub(crate) point: PointId,
     pub(crate) dedup: DedupIndex,
+    /// Damaged packs: what lies in them is stored anew.
+    pub(crate) quarantined: BTreeSet<PackId>,
     packs: Mutex<Packs>,
     disks: Mutex<Disks>,
     failure: Mutex<Option<String>>,
@@ -64,9 +66,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Session {
-    pub(crate) fn new(inner: Arc<Inner>, point: PointId, dedup: DedupIndex) -> Self {
+    pub(crate) fn new(
+        inner: Arc<Inner>,
+        point: PointId,
+        dedup: DedupIndex,
+        quarantined: BTreeSet<PackId>,
+    ) -> Self {
         let (packs, disks, failure) = Default::default();
-        Self { inner, point, dedup, packs, disks, failure }
+        Self { inner, point, dedup, quarantined, packs, disks, failure }
     }
 
     pub(crate) fn compression(&self) -> Compression {

@@ -67,17 +67,19 @@ pub(crate) struct Parent {
 
 /// Streams what the parent holds; asked in ascending order it reads its map once.
 pub struct ParentCursor {
+    session: Arc<Session>,
     parent: Option<(Inheritance, PageCursor)>,
 }
 
 impl ParentCursor {
-    pub(crate) fn new(parent: Option<&Parent>) -> Self {
+    pub(crate) fn new(session: Arc<Session>, parent: Option<&Parent>) -> Self {
         let cursor = |parent: &Parent| (parent.inheritance, PageCursor::new(&parent.runs));
-        Self { parent: parent.map(cursor) }
+        Self { session, parent: parent.map(cursor) }
     }
 
     /// What the parent holds in `count` blocks from `first` on. Blocks that cannot be inherited
-    /// (beyond its end, or of another length there) are [`ParentBlock::Absent`].
+    /// (beyond its end, of another length there, or in a pack that was found damaged) are
+    /// [`ParentBlock::Absent`].
     ///
     /// # Errors
     /// `Damaged` when the parent's map is: then the disk is to be read whole, without a parent.
@@ -91,6 +93,11 @@ impl ParentCursor {
         match &mut self.parent {
             Some((inheritance, cursor)) if index.0 < inheritance.below => {
                 Ok(match cursor.slot(index)? {
+                    Some(Slot::Data(_, location))
+                        if self.session.quarantined.contains(&location.pack) =>
+                    {
+                        ParentBlock::Absent
+                    }
                     Some(Slot::Data(id, _)) => ParentBlock::Data(id),
                     Some(Slot::Zero) | None => ParentBlock::Zero,
                 })

@@ -222,3 +222,51 @@ fn a_check_of_one_point_ignores_the_others() {
     repository.delete_point(&first.id).unwrap();
     assert!(matches!(of(&first.id), Err(Error::NotFound { .. })));
 }
+
+/// FAULTS row 39: a damaged block is healed by the next backup that reads the disk whole.
+#[test]
+fn the_next_whole_read_heals_what_was_damaged_or_lost() {
+    type Harm = fn(&SimFileSystem, &str);
+    let flip: Harm = |fs, path| {
+        let mut bytes = fs.content(path).unwrap();
+        bytes[70] ^= 1;
+        fs.overwrite(path, bytes);
+    };
+    let lose: Harm = |fs, path| assert!(fs.vanish(path));
+    for harm in [flip, lose] {
+        let fs = initialised();
+        let repository = open(&fs);
+        let first = backup(&repository, 0).unwrap();
+        let system = icecore_repository::DiskId::new("system").unwrap();
+        let path = fs.paths().into_iter().find(|path| path.starts_with("packs/")).unwrap();
+        let whole = fs.content(&path).unwrap();
+        harm(&fs, &path);
+        assert!(!repository.disk_is_damaged(&first, &system).unwrap(), "nobody has looked yet");
+        assert!(names(&check(&repository), &path));
+        assert!(repository.disk_is_damaged(&first, &system).unwrap());
+        // gc in between forgets nothing that is needed.
+        gc(&repository).unwrap();
+
+        let second = backup(&open(&fs), 1).unwrap();
+        assert!(!repository.disk_is_damaged(&second, &system).unwrap());
+        let of_second = CheckOptions {
+            read_data: true,
+            point: Some(second.id.clone()),
+            ..CheckOptions::default()
+        };
+        for (disk, expected) in disks_at(1) {
+            assert!(restore(&open(&fs), &second, &disk).unwrap() == expected);
+        }
+        assert!(open(&fs).check(&of_second, |_| ()).unwrap().ok);
+        assert!(names(&check(&open(&fs)), &path), "the first point stays damaged");
+
+        // A good copy put back is recognised.
+        assert!(fs.content(&path).is_none() || fs.vanish(&path));
+        world::store(&fs)
+            .put(&icecore_repository::store::ObjectName::new(path.as_str()).unwrap(), &whole)
+            .unwrap();
+        assert!(check(&open(&fs)).ok);
+        assert!(!repository.disk_is_damaged(&first, &system).unwrap());
+        assert_eq!(assert_points_are_right(&open(&fs)), [0, 1]);
+    }
+}

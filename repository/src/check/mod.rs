@@ -3,7 +3,8 @@
 //! Three depths. Always: every object but the frames of packs is read and verified, and what refers
 //! to what is followed. With `sample`: also some frames, chosen anew in each run. With `read_data`:
 //! every frame is decoded and hashed, and every disk's content root is computed from its block ids.
-//! It reads only, and it may run beside writers, deletions and gc.
+//! It may run beside writers, deletions and gc. In a repository opened writable it marks damaged
+//! packs, so that new points build on nothing in them and a disk read whole heals.
 
 mod coordination;
 mod data;
@@ -14,8 +15,10 @@ use std::collections::BTreeSet;
 use serde::Serialize;
 
 use crate::error::{DamageKind, Error, Result};
-use crate::ids::PointId;
+use crate::geometry::BlockIndex;
+use crate::ids::{DiskId, PackId, PointId};
 use crate::names;
+use crate::point::Point;
 use crate::repository::Repository;
 use crate::store::StoreErrorKind;
 
@@ -23,6 +26,8 @@ use crate::store::StoreErrorKind;
 const LOOKS_MAX: u32 = 3;
 /// A damaged repository may have millions of flaws; so many are enough to act.
 const ERRORS_MAX: usize = 10_000;
+const UNREADABLE: &str = "unreadable";
+const UNSUPPORTED: &str = "unsupported";
 
 /// How deep to look, and at what.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -105,10 +110,10 @@ impl Findings<'_> {
         };
         match (&error, error.damage()) {
             (_, Some(damage)) => self.add(damage.object, damage.kind.as_str(), damage.detail),
-            (Error::Unsupported { object, what }, _) => self.add(object, "unsupported", what),
+            (Error::Unsupported { object, what }, _) => self.add(object, UNSUPPORTED, what),
             (Error::Store(failed), _) => {
                 let short = failed.kind() == StoreErrorKind::Corrupt;
-                let kind = if short { DamageKind::Length.as_str() } else { "unreadable" };
+                let kind = if short { DamageKind::Length.as_str() } else { UNREADABLE };
                 self.add(failed.object(), kind, failed.to_string());
             }
             (Error::NotFound { .. } | Error::Id(_) | Error::Geometry(_), _) => {
@@ -133,12 +138,54 @@ impl Repository {
         let mut looks = 0;
         loop {
             let before = self.world()?;
-            let report = self.look(options, &mut progress)?;
+            let (report, packs) = self.look(options, &mut progress)?;
             looks += 1;
             // What is missing may have been deleted while we looked.
             if report.ok || looks == LOOKS_MAX || self.world()? == before {
+                self.mark_damage(options, &report, &packs);
                 return Ok(report);
             }
+        }
+    }
+
+    /// Whether a disk of a point has blocks in packs that a check found damaged. The next point
+    /// should read such a disk whole (reason: the parent is corrupt); then it is sound again.
+    ///
+    /// # Errors
+    /// `NotFound` when the point lacks the disk; `Damaged` when its map is, which asks for the same.
+    pub fn disk_is_damaged(&self, point: &Point, disk: &DiskId) -> Result<bool> {
+        let marked = self.inner.coordination.quarantined()?;
+        if marked.is_empty() {
+            return Ok(false);
+        }
+        let mut entries = self.disk_reader(point, disk)?.entries(BlockIndex(0));
+        entries
+            .try_fold(false, |damaged, entry| Ok(damaged || marked.contains(&entry?.location.pack)))
+    }
+
+    /// Notes which packs are damaged, and which marked ones were found whole (replaced by a copy).
+    fn mark_damage(&self, options: &CheckOptions, report: &CheckReport, packs: &BTreeSet<PackId>) {
+        if self.inner.read_only {
+            return;
+        }
+        let of_pack = |error: &CheckError| {
+            let damaged = !matches!(error.kind.as_str(), UNREADABLE | UNSUPPORTED);
+            let id = error.object.strip_prefix(names::PACKS).filter(|_| damaged)?;
+            id.rsplit('/').next()?.parse().ok()
+        };
+        let damaged: BTreeSet<PackId> = report.errors.iter().filter_map(of_pack).collect();
+        let coordination = &self.inner.coordination;
+        let marked = coordination.quarantine(&damaged).and_then(|()| {
+            if !options.read_data || report.errors.len() >= ERRORS_MAX {
+                return Ok(());
+            }
+            let marked = coordination.quarantined()?.into_iter();
+            let whole = |pack: &PackId| packs.contains(pack) && !damaged.contains(pack);
+            coordination.release(marked.filter(whole))
+        });
+        if let Err(error) = marked {
+            // The report is what was asked for.
+            tracing::warn!(%error, "damaged packs could not be marked");
         }
     }
 
@@ -153,7 +200,7 @@ impl Repository {
         &self,
         options: &CheckOptions,
         tell: &mut dyn FnMut(CheckProgress),
-    ) -> Result<CheckReport> {
+    ) -> Result<(CheckReport, BTreeSet<PackId>)> {
         let progress = CheckProgress::default();
         let mut findings = Findings { errors: BTreeSet::new(), progress, tell };
         let config = self.inner.verify_config();
@@ -164,11 +211,12 @@ impl Repository {
         let points = points::check(&self.inner, options, &mut findings)?;
         let packs = data::check_maps(&self.inner, &points, options, &mut findings)?;
         data::check_packs(&self.inner, &packs, options, &mut findings)?;
-        Ok(CheckReport {
+        let report = CheckReport {
             ok: findings.errors.is_empty(),
             points_checked: findings.progress.points_total,
             blocks_checked: findings.progress.blocks_checked,
             errors: findings.errors.into_iter().collect(),
-        })
+        };
+        Ok((report, packs))
     }
 }

@@ -87,11 +87,13 @@ impl Collector<'_> {
         let verdicts_on_record = self.judge_all()?;
         let now = self.standings_now()?;
         let newcomers: Vec<_> = Condemned::newcomers(&first, &now).collect();
-        condemned.acquit(&self.reached_by(newcomers.into_iter())?);
+        let reached_since = self.reached_by(newcomers.into_iter())?;
+        condemned.acquit(&reached_since);
         let receipts_completed = self.complete_receipts(&verdicts_on_record)?;
         self.delete(&condemned)?;
         self.store.remove_leftovers(&leftovers)?;
         self.forget_revoked()?;
+        self.forget_damaged(&[reachable, reached_since])?;
         self.coordination.refill_reserve()?;
         let counted = report(&first, &condemned);
         let (writers_revoked, leftovers_removed) = (revoked, leftovers.len() as u64);
@@ -295,6 +297,16 @@ impl Collector<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Damaged packs that nothing reaches are as good as gone. One that is missing stays marked as
+    /// long as a point needs it: a backup must not take its blocks for stored.
+    fn forget_damaged(&self, reached: &[BTreeSet<DataObject>]) -> Result<()> {
+        let is_needed = |pack: &PackId| {
+            reached.iter().any(|reached| reached.contains(&DataObject::Pack(*pack)))
+        };
+        let marked = self.coordination.quarantined()?;
+        self.coordination.release(marked.into_iter().filter(|pack| !is_needed(pack)))
     }
 }
 

@@ -16,6 +16,7 @@
 mod announce;
 mod fate;
 mod life;
+mod quarantine;
 mod reserve;
 mod revoke;
 mod standing;
@@ -35,7 +36,7 @@ pub use watch::{Watch, Watched};
 
 use crate::envelope::{self, Kind};
 use crate::error::{Damage, DamageKind, Result};
-use crate::ids::{PointId, RepositoryId, WriterId};
+use crate::ids::{PackId, PointId, RepositoryId, WriterId};
 use crate::store::{ObjectName, Store};
 
 /// Everything of this module; not under an object lock.
@@ -45,6 +46,7 @@ const BEATS: &str = "coordination/beats/";
 const GENERATIONS: &str = "coordination/generations/";
 const REVOKED: &str = "coordination/revoked/";
 const FATES: &str = "coordination/fates/";
+const QUARANTINE: &str = "coordination/damaged/";
 const RESERVE: &str = "coordination/reserve/";
 
 /// A record here is a few ids; more is damage.
@@ -98,6 +100,8 @@ impl Coordination {
             self.get::<BTreeSet<PointId>>(name, revoke::VERDICT).map(drop)
         } else if is_in(REVOKED) {
             self.get::<WriterId>(name, revoke::FENCE).map(drop)
+        } else if is_in(QUARANTINE) {
+            self.get::<PackId>(name, quarantine::KIND).map(drop)
         } else if is_in(RESERVE) {
             self.verify_reserve(name)
         } else if is_in(BEATS) || is_in(GENERATIONS) {
