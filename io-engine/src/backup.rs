@@ -9,7 +9,7 @@ use icecore_repository::{
 use crate::backend::LaneSet;
 use crate::error::EngineError;
 use crate::pipeline::Options;
-use crate::pipeline::read::{Job, Piece, read};
+use crate::pipeline::read::{Job, Piece, Purpose, read};
 use crate::plan::{Blocks, Kind, PlanItem, Planner, Run};
 use crate::prove::Differing;
 use crate::stats::Latency;
@@ -70,7 +70,7 @@ pub fn backup(
         },
         workers,
         sink: |run, blocks| order.take(run, blocks),
-        heavy: true,
+        purpose: Purpose::Store,
     };
     let latency = read(set, disk, Planner::new(plan, disk), options, job)?;
     let InOrder { sink, tally, .. } = order;

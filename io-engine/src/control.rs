@@ -13,7 +13,8 @@ use crate::limits::{STALL_AFTER, WAKE};
 pub struct Progress {
     /// Read from the source, or read back from the target.
     pub read_bytes: AtomicU64,
-    /// Handed to the repository in order (zero ranges included), or written to the target.
+    /// Handed to the repository in order (zero ranges included), or written to the target; reading
+    /// back and dry runs count in `read_bytes` only.
     pub done_bytes: AtomicU64,
     /// Of `done_bytes`, what was zero.
     pub zero_bytes: AtomicU64,

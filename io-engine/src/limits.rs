@@ -31,8 +31,9 @@ pub(crate) const FLUSH_PATIENCE: u32 = 10;
 /// memory that this IO names away for good.
 pub(crate) const DRAIN_AFTER_FAILURE: Duration = Duration::from_secs(5);
 
-/// Largest reply or request header of a wire protocol, in bytes; more is an error of the adapter.
-pub const MAX_HEADER: usize = 4096;
+/// Most bytes that a wire may want outside a buffer, in bytes: an NBD error with its longest message
+/// fits. More is an error of the adapter.
+pub const MAX_HEADER: usize = 8192;
 
 /// Requests that wait between the stage that makes them and the IO threads: enough that a lane
 /// with room never waits for a thread switch, few enough to hold no memory worth speaking of.

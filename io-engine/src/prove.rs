@@ -10,7 +10,7 @@ use crate::backend::LaneSet;
 use crate::error::{EngineError, Span};
 use crate::limits::MAX_NAMED_BLOCKS;
 use crate::pipeline::Options;
-use crate::pipeline::read::{Job, Piece, read};
+use crate::pipeline::read::{Job, Piece, Purpose, read};
 use crate::plan::{Blocks, Kind, PlanError, PlanItem, Planner, ReadItem, Run};
 use crate::source::{Cursor, RangesOf};
 use crate::stats::Latency;
@@ -62,7 +62,7 @@ pub fn dry_run(
             }
             Ok(())
         },
-        heavy: false,
+        purpose: Purpose::Hash,
     };
     let latency = read(set, disk, Planner::new(plan, disk), options, job)?;
     Ok(HashStats { root: content.finish(), data_bytes, latency, took: started.elapsed() })
@@ -135,7 +135,7 @@ pub fn compare_blocks(
             found.into_iter().flatten().for_each(|index| differing.add(BlockIndex(index)));
             Ok(())
         },
-        heavy: false,
+        purpose: Purpose::Hash,
     };
     let latency = read(set, disk, plan, options, job)?;
     Ok((differing, latency))

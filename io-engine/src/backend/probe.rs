@@ -69,9 +69,12 @@ impl EngineChoice {
     }
 }
 
+/// As large as the ring of four lanes, so that a limit on its memory shows.
+const PROBE_ENTRIES: u32 = 128;
+
 /// Whether a ring can be made and knows the operations that are used (all are in Linux 5.15).
 fn probe() -> io::Result<()> {
-    let ring = IoUring::new(8)?;
+    let ring = IoUring::new(PROBE_ENTRIES)?;
     let mut known = Probe::new();
     ring.submitter().register_probe(&mut known)?;
     let needed = [

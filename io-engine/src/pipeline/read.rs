@@ -33,8 +33,17 @@ pub(crate) struct Job<Prepare, Worker, Sink> {
     pub(crate) workers: Vec<Worker>,
     /// Takes the results; `None` for a run of zeroes, which is not read.
     pub(crate) sink: Sink,
-    /// Whether results hold up to as much memory as what was read.
-    pub(crate) heavy: bool,
+    /// What it is for.
+    pub(crate) purpose: Purpose,
+}
+
+/// What a job is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Storing: results hold up to as much memory as what was read, and count as done.
+    Store,
+    /// Hashing: results are small, and nothing is done with them that would count.
+    Hash,
 }
 
 /// A run of blocks that has been read.
@@ -81,7 +90,7 @@ struct Shared<'a> {
     /// Places between planner and sink: results and their order.
     places: Arc<Budget>,
     per_request: u64,
-    heavy: bool,
+    purpose: Purpose,
 }
 
 /// Reads the runs of `plan` from `set` and carries out `job` with them.
@@ -105,14 +114,15 @@ where
     let halt = &Halt::new(options.control.clone());
     let request = set.request_bytes(disk.block)?;
     let _memory = options.take_memory(halt, request)?;
-    let places = options.memory / if job.heavy { 2 } else { 8 };
+    let store = job.purpose == Purpose::Store;
+    let places = options.memory / if store { 2 } else { 8 };
     let shared = &Shared {
         halt,
         disk,
         pool: Pool::new(options.memory - places),
         places: Budget::new(places),
         per_request: disk.per_request(request),
-        heavy: job.heavy,
+        purpose: job.purpose,
     };
     let (feed, intake) = queue::<Note<P>>(set.threads())?;
     let (read_in, read_out) = unbounded::<Completion<Note<P>>>();
@@ -210,7 +220,7 @@ impl Shared<'_> {
         pacer: &mut Pacer,
     ) -> Result<(), EngineError> {
         let span = self.disk.span(run.first, run.count);
-        let results = if self.heavy { span.len } else { 0 };
+        let results = if self.purpose == Purpose::Store { span.len } else { 0 };
         let hold = self.places.reserve(place_bytes(run.count) + results, || self.halt.stopped())?;
         let prepared = prepare(run)?;
         pace(pacer, self.halt, span.len);
@@ -259,11 +269,8 @@ impl Shared<'_> {
             while let Some(Outcome { run, out, _hold }) = reorder.pop() {
                 let zero = out.is_none();
                 sink(run, out)?;
-                let bytes = self.disk.span(run.first, run.count).len;
-                let progress = &self.halt.control.progress;
-                progress.done_bytes.fetch_add(bytes, Relaxed);
-                if zero {
-                    progress.zero_bytes.fetch_add(bytes, Relaxed);
+                if self.purpose == Purpose::Store {
+                    self.count(run, zero);
                 }
             }
         }
@@ -274,8 +281,90 @@ impl Shared<'_> {
     }
 }
 
+impl Shared<'_> {
+    fn count(&self, run: Run, zero: bool) {
+        let bytes = self.disk.span(run.first, run.count).len;
+        let progress = &self.halt.control.progress;
+        progress.done_bytes.fetch_add(bytes, Relaxed);
+        if zero {
+            progress.zero_bytes.fetch_add(bytes, Relaxed);
+        }
+    }
+}
+
 /// Memory that a run of `count` blocks takes between planner and sink beside its data: ids,
 /// parents, places.
 fn place_bytes(count: u64) -> u64 {
     ITEM_COST + count * 128
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::backend::EngineChoice;
+    use crate::lane::Lane;
+    use crate::plan::Planner;
+
+    /// A sink that takes nothing for a while must not let more than the memory be read.
+    #[test]
+    fn a_slow_sink_bounds_what_is_read() {
+        let size = 64u64 << 20;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(size).unwrap();
+        for choice in [EngineChoice::Auto, EngineChoice::Threads] {
+            let lanes = Lane::files(file.try_clone().unwrap(), 2).unwrap();
+            let mut set = LaneSet::new(lanes, choice).unwrap();
+            let options = Options { workers: 2, ..Options::new(Budget::new(8 << 20), 8 << 20) };
+            let (open, progress) = (AtomicBool::new(false), &options.control.progress);
+            let disk = Blocks { size, block: 65536 };
+            let mut order = Vec::new();
+            let job = Job {
+                prepare: |_| Ok(()),
+                workers: vec![|piece: Piece<'_, ()>| Ok(((), piece.run.count * 65536)); 2],
+                sink: |run: Run, _: Option<()>| {
+                    while !open.load(Relaxed) {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                    order.push(run.first);
+                    Ok(())
+                },
+                purpose: Purpose::Store,
+            };
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    std::thread::sleep(Duration::from_millis(400));
+                    let ahead = progress.read_bytes.load(Relaxed);
+                    open.store(true, Relaxed);
+                    assert!((1 << 20..=8 << 20).contains(&ahead), "{ahead} bytes ahead");
+                });
+                let plan = Planner::new(crate::prove::whole_disk(size), disk);
+                read(&mut set, disk, plan, &options, job).unwrap();
+            });
+            assert_eq!(order, (0..64).map(|n| n * 16).collect::<Vec<_>>());
+            assert_eq!(progress.done_bytes.load(Relaxed), size);
+        }
+    }
+
+    #[test]
+    fn a_panic_in_a_worker_stops_everyone() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(64 << 20).unwrap();
+        let mut set = LaneSet::new(Lane::files(file, 1).unwrap(), EngineChoice::Auto).unwrap();
+        let options = Options { workers: 1, ..Options::new(Budget::new(4 << 20), 4 << 20) };
+        let disk = Blocks { size: 64 << 20, block: 65536 };
+        let job = Job {
+            prepare: |_| Ok(()),
+            workers: vec![|_: Piece<'_, ()>| -> Result<((), u64), EngineError> { panic!("test") }],
+            sink: |_, _: Option<()>| Ok(()),
+            purpose: Purpose::Hash,
+        };
+        let run = std::panic::AssertUnwindSafe(|| {
+            let plan = Planner::new(crate::prove::whole_disk(disk.size), disk);
+            read(&mut set, disk, plan, &options, job)
+        });
+        assert!(std::panic::catch_unwind(run).is_err());
+    }
 }
