@@ -2,22 +2,9 @@
 
 mod guardian_rig;
 
-use std::time::Duration;
-
-use guardian_rig::{MIB, Machine, Qemu, bitmap, ended, instant};
-use icecore_qmp::guardian::GuardianClient;
+use guardian_rig::{MIB, Machine, Qemu, bitmap, ended, instant, keep_alive};
 use icecore_qmp::guardian::protocol::{ErrorKind, Form, Then};
 use serde_json::{Value, json};
-
-fn keep_alive(client: &GuardianClient) -> tokio::task::JoinHandle<()> {
-    let pulse = client.pulse();
-    tokio::spawn(async move {
-        for counter in 1.. {
-            pulse.beat(counter);
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    })
-}
 
 async fn full_and_incremental(machine: Machine) {
     let qemu = Qemu::start(&machine).await;

@@ -15,9 +15,7 @@ use crate::capture::observe::RunState;
 use crate::capture::{Call, Role, plan};
 use crate::errors::QmpError;
 use crate::freeze::{Frozen, Owed};
-use crate::recover::{
-    CommitState, DiskIntent, FreezeIntent, Hands, Intents, ServerIntent, StopIntent,
-};
+use crate::recover::{CommitState, FreezeIntent, Hands, Intents, ServerIntent, StopIntent};
 
 /// Least wait for a command while the guest is frozen, however late it is: an answer that is
 /// given up too early leaves more to undo than it saves.
@@ -50,18 +48,8 @@ impl Keeper {
     }
 
     fn begin(&mut self, prepare: &Prepare) {
-        let intent = |disk: &plan::DiskPlan| DiskIntent {
-            qom_path: disk.qom_path.clone(),
-            node: disk.node.clone(),
-            new_bitmap: disk.bitmap.as_ref().map(|bitmap| bitmap.name.clone()),
-            old_bitmaps: Vec::new(),
-            iothread: disk.iothread.clone(),
-        };
-        self.intents = Intents {
-            disks: prepare.disks.iter().map(intent).collect(),
-            freeze: self.intents.freeze,
-            ..Intents::new(prepare.run)
-        };
+        let freeze = self.intents.freeze;
+        self.intents = Intents { freeze, ..Intents::before_prepare(prepare) };
         self.disks.clone_from(&prepare.disks);
         let probe = self.probe.clone().map(|mut probe| {
             let variable = super::probe::PROBE_VARIABLE.to_owned();
@@ -308,8 +296,9 @@ impl Keeper {
     }
 
     pub(super) async fn sizes(&mut self) -> Result<Vec<u64>, GuardianError> {
-        if let Some(change) = self.size_change().await? {
-            return Err(self.cut(size_changed(change)).await);
+        self.look().await;
+        if let Phase::Cut(why) = &self.phase {
+            return Err(why.clone());
         }
         Ok(self.disks.iter().map(|disk| disk.size_bytes).collect())
     }

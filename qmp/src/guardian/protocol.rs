@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::capture::names::{DiskIndex, RunId};
 use crate::capture::plan::{Base, DiskPlan};
 use crate::features::Features;
-use crate::inventory::Inventory;
+use crate::inventory::{Disk, Inventory};
 use crate::recover::Intents;
 
 /// Longest line; a request with [`SAMPLES_MAX`] samples for one disk stays well below.
@@ -247,6 +247,19 @@ pub struct SwapDisk {
     pub size_bytes: u64,
     /// The device's iothread, if it has one.
     pub iothread: Option<String>,
+}
+
+impl SwapDisk {
+    /// A disk of the inventory.
+    pub fn new(disk: &Disk) -> Self {
+        Self {
+            qom_path: disk.drive_path.clone(),
+            node: disk.node.clone(),
+            bitmap_node: disk.bitmap_node.clone(),
+            size_bytes: disk.size_bytes,
+            iothread: disk.iothread.clone(),
+        }
+    }
 }
 
 /// An export to write to.

@@ -15,7 +15,7 @@ use crate::capture::observe::RunState;
 use crate::capture::plan::{self, Base, Step};
 use crate::capture::{Call, Role};
 use crate::features::SAFE_IOTHREAD_EXPORTS;
-use crate::recover::{DiskIntent, FreezeIntent, Hands, RollbackIntent, StopIntent};
+use crate::recover::{FreezeIntent, Hands, Intents, RollbackIntent, StopIntent};
 
 impl Keeper {
     pub(super) async fn swap_away(&mut self, swap: SwapAway) -> Result<(), GuardianError> {
@@ -40,15 +40,8 @@ impl Keeper {
     }
 
     fn begin_swap(&mut self, swap: &SwapAway) {
-        let intent = |disk: &SwapDisk| DiskIntent {
-            qom_path: disk.qom_path.clone(),
-            node: disk.node.clone(),
-            new_bitmap: None,
-            old_bitmaps: Vec::new(),
-            iothread: disk.iothread.clone(),
-        };
-        self.intents.run = swap.run;
-        self.intents.disks = swap.disks.iter().map(intent).collect();
+        let (stop, freeze) = (self.intents.stop, self.intents.freeze);
+        self.intents = Intents { stop, freeze, ..Intents::before_swap(swap) };
         self.swapped.clone_from(&swap.disks);
         self.disks.clear();
         self.hands = Hands { server_socket: Some(swap.server_socket.clone()), probe: None };

@@ -13,6 +13,8 @@ pub use drive::{Hands, ProbeCommand, Report, run};
 pub use plan::{plan, remains};
 
 use crate::capture::RunId;
+use crate::capture::plan::DiskPlan;
+use crate::guardian::protocol::{InstantReport, Prepare, SwapAway, SwapDisk};
 
 /// What a run recorded before it did it. All else is told by names.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -185,6 +187,68 @@ impl Intents {
             commit: CommitState::NotCommitted,
             disks: Vec::new(),
         }
+    }
+
+    /// To be on record before [`crate::guardian::GuardianClient::prepare`].
+    pub fn before_prepare(prepare: &Prepare) -> Self {
+        let intent = |disk: &DiskPlan| DiskIntent {
+            qom_path: disk.qom_path.clone(),
+            node: disk.node.clone(),
+            new_bitmap: disk.bitmap.as_ref().map(|bitmap| bitmap.name.clone()),
+            old_bitmaps: Vec::new(),
+            iothread: disk.iothread.clone(),
+        };
+        Self { disks: prepare.disks.iter().map(intent).collect(), ..Self::new(prepare.run) }
+    }
+
+    /// To be on record before the instant of a guest that `runs` or does not.
+    #[must_use]
+    pub fn with_instant(mut self, runs: bool, freezes: bool) -> Self {
+        self.stop = if runs { StopIntent::RanBefore } else { StopIntent::None };
+        self.freeze = if freezes { FreezeIntent::Sent } else { FreezeIntent::None };
+        self
+    }
+
+    /// To be on record after the instant: the guest is free again, or still owed a thaw.
+    #[must_use]
+    pub fn after_instant(mut self, report: &InstantReport) -> Self {
+        self.stop = StopIntent::None;
+        self.freeze = if report.thaw_owed { FreezeIntent::Sent } else { FreezeIntent::None };
+        self
+    }
+
+    /// To be on record before anything is exposed.
+    #[must_use]
+    pub fn with_server_asked(mut self) -> Self {
+        self.server = ServerIntent::Asked;
+        self
+    }
+
+    /// To be on record before a commit is tried.
+    #[must_use]
+    pub fn with_commit_unknown(mut self) -> Self {
+        self.commit = CommitState::Unknown;
+        self
+    }
+
+    /// To be on record before the drives of a held guest are swapped away.
+    pub fn before_swap(swap: &SwapAway) -> Self {
+        let intent = |disk: &SwapDisk| DiskIntent {
+            qom_path: disk.qom_path.clone(),
+            node: disk.node.clone(),
+            new_bitmap: None,
+            old_bitmaps: Vec::new(),
+            iothread: disk.iothread.clone(),
+        };
+        let disks = swap.disks.iter().map(intent).collect();
+        Self { disks, commit: CommitState::Unknown, ..Self::new(swap.run) }
+    }
+
+    /// To be on record before a rollback's first byte is written.
+    #[must_use]
+    pub fn with_writing(mut self) -> Self {
+        self.rollback = RollbackIntent::Writing;
+        self
     }
 
     /// A run of which nothing is known but what its names tell: nothing is continued, thawed or

@@ -251,6 +251,17 @@ impl Qemu {
     }
 }
 
+/// A worker that is alive, as seen by its guardian.
+pub fn keep_alive(client: &GuardianClient) -> tokio::task::JoinHandle<()> {
+    let pulse = client.pulse();
+    tokio::spawn(async move {
+        for counter in 1.. {
+            pulse.beat(counter);
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    })
+}
+
 /// Waits for a guardian's end, with a limit. The client has to be dropped before.
 pub async fn ended(thread: std::thread::JoinHandle<()>) {
     let joined = tokio::task::spawn_blocking(move || thread.join());
