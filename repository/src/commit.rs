@@ -19,7 +19,7 @@ use crate::repository::{Inner, Repository, random};
 use crate::session::{FinishedDisk, Session};
 use crate::sink::{DiskSink, DiskStart, DiskWriter, Inheritance, Parent, ParentCursor};
 use crate::store::{StoreError, StoreErrorKind};
-use crate::writers::{Announcement, Generation, Life, WriterRecord};
+use crate::writers::{Announcement, Generation, Life, WriterRecord, accept_existing};
 
 const DEDUP_FILE: &str = "dedup";
 
@@ -329,7 +329,9 @@ impl PointWriter {
             announcement.must_stand(&point.id)?;
         }
         let receipt = Receipt::of(point, manifest).encode(&inner.config.id)?;
-        Ok(inner.store.put(&names::receipt(&point.id)?, &receipt)?)
+        let stored = inner.store.put(&names::receipt(&point.id)?, &receipt);
+        // A gc that gave this writer up since has left the same one.
+        accept_existing(stored.map_err(Error::from))
     }
 
     /// Whether a failed manifest is known not to exist: the device itself refused it, for a reason

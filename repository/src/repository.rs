@@ -249,6 +249,23 @@ impl Repository {
         if standing.sees(id, &point.writer_id) { Ok(point) } else { Err(absent()) }
     }
 
+    /// Whether a point was committed, asked by somebody who does not know how its commit ended (it
+    /// failed as `CommitUnknown`, or the process died in it). What this finds is durable: bitmaps
+    /// may be retired on its word. None is final only if the writer's process is gone.
+    ///
+    /// # Errors
+    /// `Damaged` when its manifest is; the store's.
+    pub fn confirm_point(&self, id: &PointId) -> Result<Option<Point>> {
+        // A writer killed between showing its manifest and fsyncing the directory leaves one that a
+        // power cut would take back.
+        self.inner.store.settle(names::POINTS)?;
+        match self.point(id) {
+            Ok(point) => Ok(Some(point)),
+            Err(Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// One binary part of a point's capsule.
     ///
     /// # Errors
@@ -343,7 +360,10 @@ fn refuse_occupied(path: &Path) -> Result<()> {
         // Missing, or no directory: the store says which.
         return Ok(());
     };
-    let stranger = entries.flatten().find(|entry| entry.file_name() != "lost+found");
+    // What an init that crashed has left behind is no stranger either.
+    let own = ["lost+found", ".incomplete"];
+    let stranger =
+        entries.flatten().find(|entry| own.iter().all(|name| entry.file_name() != *name));
     match stranger {
         None => Ok(()),
         Some(entry) => Err(Error::InitRefused {

@@ -6,9 +6,9 @@
 mod world;
 
 use icecore_repository::store::{CallFault, CrashMode, SimFileSystem, Torn};
-use icecore_repository::{Error, Repository, Result};
+use icecore_repository::{Error, InitOptions, OpenOptions, Repository, Result};
 use rustix::io::Errno;
-use world::{assert_points_are_right, assert_sound, backup, gc, initialised, open};
+use world::{assert_points_are_right, assert_sound, backup, gc, initialised, open, store};
 
 const CRASHES: [CallFault; 3] =
     [CallFault::CrashBefore, CallFault::CrashTorn, CallFault::CrashAfter];
@@ -63,6 +63,34 @@ fn crash_everywhere(
         }
     }
     assert!(calls > calls_min, "only {calls} calls: this is not the workload it should be");
+}
+
+#[test]
+fn a_crash_at_any_call_of_init_leaves_a_repository_or_room_for_one() {
+    let init = |fs: &SimFileSystem| {
+        let options = InitOptions::default();
+        Repository::init_on(store(fs), options, jiff::Timestamp::UNIX_EPOCH).map(drop)
+    };
+    for fault in CRASHES {
+        for call in 0.. {
+            let fs = SimFileSystem::new();
+            fs.inject(call, fault);
+            let done = init(&fs).is_ok();
+            for mode in modes(call) {
+                let after = fs.after_crash(mode);
+                match Repository::open_on(store(&after), OpenOptions::default()) {
+                    Ok(_) => (),
+                    Err(Error::NotARepository { .. }) if !done => init(&after).unwrap(),
+                    Err(error) => panic!("call {call} {fault:?} {mode:?}: {error}"),
+                }
+                gc(&open(&after)).unwrap();
+                assert_sound(&open(&after), "after init");
+            }
+            if !fs.has_crashed() {
+                break;
+            }
+        }
+    }
 }
 
 /// Takes the points of instants 0, 1, 2; those that were reported as committed.

@@ -21,9 +21,11 @@ use crate::map::RunReader;
 use crate::names;
 use crate::point::RunRef;
 use crate::repository::{Inner, Repository};
+use crate::writers::HEARTBEAT_PERIOD;
 
 /// A heartbeat comes every ten seconds; six missed ones are no hiccup of the store.
 pub const PATIENCE_DEFAULT: Duration = Duration::from_secs(60);
+const _: () = assert!(PATIENCE_DEFAULT.as_secs() >= 6 * HEARTBEAT_PERIOD.as_secs());
 /// Long enough for an ordinary incremental to end, short enough for a command that someone watches.
 pub const WAIT_MAX_DEFAULT: Duration = Duration::from_secs(600);
 

@@ -494,6 +494,34 @@ fn assert_quiescent(host: &Host, outcomes: &Outcomes) {
     assert_eq!(host.store.list(names::RECEIPTS).unwrap().len(), visible.len());
 }
 
+/// A writer killed on this host is given up at once; of one elsewhere gc waits out the patience.
+#[test]
+fn a_writer_killed_on_this_host_is_not_waited_for() {
+    use crate::writers::Life;
+    let fs = Arc::new(SimFileSystem::new());
+    let inner = Arc::new(DirectoryStore::on(fs, "sim", Access::ReadWrite));
+    let host = Host::new(inner, 1);
+    let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+    let announce = |number, life| {
+        let writer = WriterId::from_random(number);
+        let record = WriterRecord { writer, host: "h".into(), purpose: "p".into(), life };
+        drop(host.coordination.announce(&record).unwrap());
+    };
+    let waited = || {
+        let mut pace = InstantPace(Duration::ZERO);
+        assert_eq!(collect(&host, &mut pace).unwrap().writers_revoked, 1);
+        pace.0
+    };
+    announce(1, Life::of(child.id()));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(waited(), Duration::ZERO);
+    announce(2, Life::of_this_process());
+    assert_eq!(waited(), PATIENCE);
+    announce(3, None);
+    assert_eq!(waited(), PATIENCE);
+}
+
 #[test]
 fn nothing_reachable_is_ever_deleted() {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());

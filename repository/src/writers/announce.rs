@@ -52,12 +52,6 @@ pub struct Announcement {
 }
 
 impl Announcement {
-    /// The announced writer.
-    #[must_use]
-    pub fn writer(&self) -> &WriterId {
-        &self.writer
-    }
-
     /// The generation read after the announcement.
     #[must_use]
     pub fn generation(&self) -> Generation {
@@ -91,7 +85,16 @@ impl Coordination {
     pub(crate) fn announce(&self, record: &WriterRecord) -> Result<Announcement> {
         self.put(&writer_name(&record.writer)?, KIND, record)?;
         let generation = self.generation()?;
-        let heart = Heart::start(self.clone(), record.writer.clone());
+        let heart = match Heart::start(self.clone(), record.writer.clone()) {
+            Ok(heart) => heart,
+            Err(error) => {
+                self.forget_writer(&record.writer)?;
+                return Err(Error::Refused {
+                    what: format!("the thread of the heartbeat could not be started: {error}"),
+                    advice: "raise the limit of threads, or run fewer jobs at once",
+                });
+            }
+        };
         let writer = record.writer.clone();
         Ok(Announcement { coordination: self.clone(), writer, generation, heart })
     }
@@ -174,7 +177,7 @@ struct Heart {
 }
 
 impl Heart {
-    fn start(coordination: Coordination, writer: WriterId) -> Self {
+    fn start(coordination: Coordination, writer: WriterId) -> std::io::Result<Self> {
         let stopped = Arc::new((Mutex::new(false), Condvar::new()));
         let seen_by_thread = Arc::clone(&stopped);
         let beating = move || {
@@ -187,8 +190,8 @@ impl Heart {
                 count += 1;
             }
         };
-        let thread = std::thread::Builder::new().name("icecore-beat".into()).spawn(beating).ok();
-        Self { stopped, thread }
+        let thread = std::thread::Builder::new().name("icecore-beat".into()).spawn(beating)?;
+        Ok(Self { stopped, thread: Some(thread) })
     }
 
     fn stop(&mut self) {

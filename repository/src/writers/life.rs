@@ -16,7 +16,11 @@ impl Life {
     /// This process; none where `/proc` does not tell.
     #[must_use]
     pub fn of_this_process() -> Option<Self> {
-        let pid = std::process::id();
+        Self::of(std::process::id())
+    }
+
+    /// A process of this host and namespace.
+    pub(crate) fn of(pid: u32) -> Option<Self> {
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
         let namespace = std::fs::read_link("/proc/self/ns/pid").ok()?;
         Some(Self {
@@ -55,7 +59,7 @@ mod tests {
         let here = Life::of_this_process().unwrap();
         assert!(!here.has_ended(&here));
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        let other = Life { pid: child.id(), started: started(child.id()).unwrap(), ..here.clone() };
+        let other = Life::of(child.id()).unwrap();
         assert!(!other.has_ended(&here));
         child.kill().unwrap();
         child.wait().unwrap();

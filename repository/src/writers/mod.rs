@@ -32,7 +32,7 @@ pub use announce::{Announcement, Generation, HEARTBEAT_PERIOD, WriterRecord};
 pub(crate) use fate::Wish;
 pub use life::Life;
 pub use standing::{PointStanding, Standing};
-pub use watch::{Watch, Watched};
+pub use watch::Watch;
 
 use crate::envelope::{self, Kind};
 use crate::error::{Damage, DamageKind, Result};

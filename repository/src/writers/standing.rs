@@ -61,12 +61,6 @@ impl Standing {
         &self.deleted
     }
 
-    /// Whether the point is protected from deletion.
-    #[must_use]
-    pub fn is_protected(&self, point: &PointId) -> bool {
-        self.protected.contains(point)
-    }
-
     /// All protected points.
     pub(crate) fn protected(&self) -> &BTreeSet<PointId> {
         &self.protected

@@ -96,7 +96,7 @@ fn a_protected_point_is_not_deleted_and_a_deleted_one_not_protected() {
     here.wish(&point(1), Wish::Protect).unwrap();
     let refused = here.wish(&point(1), Wish::Delete).unwrap_err();
     assert!(matches!(refused, Error::Refused { .. }), "{refused}");
-    assert!(here.standing().unwrap().is_protected(&point(1)));
+    assert!(here.standing().unwrap().protected().contains(&point(1)));
     here.wish(&point(1), Wish::Unprotect).unwrap();
     here.wish(&point(1), Wish::Delete).unwrap();
     here.wish(&point(1), Wish::Delete).unwrap();
