@@ -1,4 +1,4 @@
-//! Fuzz targets for everything that parses what another process sends.
+//! Fuzz targets for everything that parses what another process sends or has stored.
 //!
 //! A target takes any bytes and must come to an end without a panic, within the limits it asserts.
 //! The same functions run coverage-guided (`cargo +nightly fuzz run NAME --features coverage`) and,
@@ -11,6 +11,7 @@ mod session;
 mod transmission;
 
 pub use handshake::nbd_handshake;
+pub use icecore_repository::testing::{repository_manifest, repository_map, repository_pack};
 pub use server::nbd_server;
 pub use session::qmp_session;
 pub use transmission::nbd_transmission;
@@ -19,12 +20,15 @@ pub use transmission::nbd_transmission;
 pub type Target = fn(&[u8]);
 
 /// The targets by their names, which are also those of their folders under `corpus`.
-pub const TARGETS: [(&str, Target); 5] = [
+pub const TARGETS: [(&str, Target); 8] = [
     ("nbd_handshake", nbd_handshake),
     ("nbd_transmission", nbd_transmission),
     ("nbd_server", nbd_server),
     ("nbd_uri", nbd_uri),
     ("qmp_session", qmp_session),
+    ("repository_manifest", repository_manifest),
+    ("repository_map", repository_map),
+    ("repository_pack", repository_pack),
 ];
 
 /// The text of an NBD URI.

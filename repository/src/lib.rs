@@ -31,7 +31,9 @@ mod resolve;
 mod session;
 mod sink;
 pub mod store;
-pub mod writers;
+#[cfg(feature = "testing")]
+pub mod testing;
+mod writers;
 
 pub use block::{BlockHasher, Compression};
 pub use check::{CheckError, CheckOptions, CheckProgress, CheckReport};

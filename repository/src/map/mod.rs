@@ -5,6 +5,8 @@
 //! builds the run of a new point together with its content root, `merge` folds runs together.
 
 mod delta;
+#[cfg(feature = "testing")]
+pub(crate) mod fuzzed;
 mod layout;
 mod merge;
 mod reader;
