@@ -57,12 +57,15 @@ fn sources(bytes: &[u8]) -> Vec<(&'static str, Vec<Lane>)> {
     ]
 }
 
+/// Offsets and bytes of completed requests.
+type Parts = Vec<(u64, Vec<u8>)>;
+
 /// Runs `requests` (op, offset, len, payload) on `set`; completions in order of arrival.
 fn drive(
     set: &mut LaneSet,
     control: &Control,
     requests: Vec<(Op, u64, u32, Option<Vec<u8>>)>,
-) -> (Vec<(u64, Vec<u8>)>, Result<(), EngineError>) {
+) -> (Parts, Result<(), EngineError>) {
     let halt = Halt::new(control.clone());
     let pool = Pool::new(24 * MIB as u64);
     let (feed, intake) = queue(set.threads()).unwrap();

@@ -12,6 +12,8 @@ mod uring;
 #[cfg(test)]
 mod conformance;
 #[cfg(test)]
+mod fragments;
+#[cfg(test)]
 pub(crate) mod toy;
 
 use crate::buffer::Buffer;

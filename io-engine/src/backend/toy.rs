@@ -188,21 +188,65 @@ impl ToyDisk {
             .map(|_| {
                 let (ours, theirs) = UnixStream::pair().unwrap();
                 let (disk, script) = (self.clone(), script.clone());
-                std::thread::spawn(move || Server { disk, script, seen: 0, reads: 0 }.run(theirs));
+                std::thread::spawn(move || Server::new(disk, script).run(theirs));
                 Lane::Stream { fd: ours.into(), wire: Box::new(Toy::new(16, 32 << 20)) }
             })
             .collect()
     }
 }
 
-struct Server {
+pub(crate) struct Server {
     disk: ToyDisk,
     script: Script,
     seen: u64,
     reads: u64,
 }
 
+/// Bytes of requests and replies that are in neither hand.
+#[derive(Default)]
+pub(crate) struct Between {
+    pub(crate) requests: VecDeque<u8>,
+    pub(crate) replies: VecDeque<u8>,
+}
+
+impl Read for Between {
+    fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
+        self.requests.read(out)
+    }
+}
+
+impl Write for Between {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.replies.write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Between {
+    /// Whether a whole request is there.
+    fn has_request(&self) -> bool {
+        let head: Vec<u8> = self.requests.iter().take(REQUEST).copied().collect();
+        let payload = |head: &[u8]| if head[0] == 1 { word(&head[17..]) as usize } else { 0 };
+        head.len() == REQUEST && self.requests.len() >= REQUEST + payload(&head)
+    }
+}
+
 impl Server {
+    pub(crate) fn new(disk: ToyDisk, script: Script) -> Self {
+        Self { disk, script, seen: 0, reads: 0 }
+    }
+
+    /// Answers all whole requests.
+    pub(crate) fn answer(&mut self, between: &mut Between) {
+        while between.has_request() {
+            let reply = self.serve(between).unwrap();
+            between.replies.extend(reply);
+        }
+    }
+
     fn run(mut self, mut peer: UnixStream) {
         let mut batch: Vec<Vec<u8>> = Vec::new();
         loop {
@@ -229,7 +273,7 @@ impl Server {
     }
 
     /// Takes one request; the bytes of its reply, or `None` to close.
-    fn serve(&mut self, peer: &mut UnixStream) -> Option<Vec<u8>> {
+    fn serve(&mut self, peer: &mut (impl Read + Write)) -> Option<Vec<u8>> {
         let mut head = [0u8; REQUEST];
         peer.read_exact(&mut head).ok()?;
         let (op, tag, offset, len) =
@@ -267,7 +311,7 @@ impl Server {
     /// Sends chunks of 96 KiB, holes for those that are zero.
     fn read(
         &mut self,
-        peer: &mut UnixStream,
+        peer: &mut impl Write,
         tag: u64,
         span: std::ops::Range<usize>,
     ) -> Option<Vec<u8>> {
