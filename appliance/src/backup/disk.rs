@@ -1,24 +1,32 @@
 //! Reading one disk of the instant into the point.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use icecore_io_engine::{BackupStats, EngineError, LaneSet, PlanItem, ReadItem};
+use icecore_io_engine::{BackupStats, EngineError, Lane, LaneSet, PlanItem, ReadItem};
 use icecore_nbd_client::Control;
 use icecore_qmp::bitmap::BitmapName;
-use icecore_repository::{DiskId, DiskMeta, DiskStart, PointWriter};
+use icecore_repository::{DiskId, DiskMeta, DiskReader, DiskStart, PointWriter};
 
 use super::{Backup, Chosen, fallback_refused, granularity};
 use crate::capture::changes::{self, Scope};
 use crate::capture::decide::Decision;
 use crate::capture::trust::{self, Trial};
-use crate::capture::{Capture, Readable};
+use crate::capture::spool::Spool;
+use crate::capture::{Capture, Data, Readable};
 use crate::data;
 use crate::failure::{Failure, Outcome};
 use crate::nbd;
 use crate::progress::{Meter, Progress};
 use crate::report::Latency;
+
+/// Lanes on a spool, for the thread backend.
+const SPOOL_LANES: usize = 2;
+
+/// What is to be read of a disk.
+type Items = Box<dyn Iterator<Item = PlanItem> + Send>;
 
 /// What came of one disk.
 #[derive(Debug, Clone)]
@@ -76,10 +84,16 @@ impl<C: Capture> Backup<'_, C> {
         writer: &PointWriter,
     ) -> Outcome<DiskResult> {
         let started = Instant::now();
-        let readable = self.capture.open(at, disk.decision.base.as_ref()).await?;
-        let (decision, trial) = self.trusted(at, disk, &readable).await?;
-        let readable = match (&decision.base, &disk.decision.base) {
-            (None, Some(_)) => self.capture.open(at, None).await?,
+        let parent = self.parent_reader(disk)?;
+        let samples = match &parent {
+            Some(parent) => trust::samples(parent, disk.seen.size_bytes, &self.tried())?,
+            None => Vec::new(),
+        };
+        let base = disk.decision.base.as_ref();
+        let readable = self.capture.open(at, base, &samples).await?;
+        let (decision, trial) = self.trusted(disk, parent.as_ref(), &readable, &samples).await?;
+        let readable = match (&decision.base, base) {
+            (None, Some(_)) => self.capture.open(at, None, &[]).await?,
             _ => readable,
         };
         if let Some(doubt) = decision.doubt {
@@ -95,7 +109,7 @@ impl<C: Capture> Backup<'_, C> {
             size_bytes: readable.size_bytes,
             dirty_bytes: if decision.base.is_some() { dirty_bytes } else { readable.size_bytes },
             decision,
-            read_bytes: moved.read_bytes + trial.read_bytes,
+            read_bytes: moved.read_bytes,
             zero_bytes: moved.zero_bytes,
             new_bytes: moved.new_bytes,
             stored_bytes: moved.stored_bytes,
@@ -121,34 +135,36 @@ impl<C: Capture> Backup<'_, C> {
         Ok(meta.map(|meta| icecore_qmp::inventory::Identity(meta.identity)))
     }
 
-    /// Tests the bitmap that the decision relies on; what contradicts it makes the read whole.
-    async fn trusted(
-        &self,
-        at: usize,
-        disk: &Chosen,
-        readable: &Readable,
-    ) -> Outcome<(Decision, Trial)> {
-        let decision = disk.decision.clone();
-        let untested = Trial { doubt: None, sampled_blocks: 0, read_bytes: 0 };
-        let (Some(base), Some(parent)) = (&decision.base, &decision.parent) else {
-            return Ok((decision, untested));
+    /// The parent of a disk that is to be read incrementally.
+    fn parent_reader(&self, disk: &Chosen) -> Outcome<Option<DiskReader>> {
+        let (Some(_), Some(parent)) = (&disk.decision.base, &disk.decision.parent) else {
+            return Ok(None);
         };
         let failed = |e| Failure::from_repository(self.tried(), e);
         let point = self.repository.point(parent).map_err(failed)?;
-        let reader = self.repository.disk_reader(&point, &disk.seen.id).map_err(failed)?;
-        let trial = trust::test(
-            self.repository,
-            &reader,
-            readable,
-            base,
-            self.request.paranoid,
-            &self.tried(),
-        )
-        .await?;
+        self.repository.disk_reader(&point, &disk.seen.id).map(Some).map_err(failed)
+    }
+
+    /// Tests the bitmap that the decision relies on; what contradicts it makes the read whole.
+    async fn trusted(
+        &self,
+        disk: &Chosen,
+        parent: Option<&DiskReader>,
+        readable: &Readable,
+        samples: &[Range<u64>],
+    ) -> Outcome<(Decision, Trial)> {
+        let decision = disk.decision.clone();
+        let (Some(base), Some(parent)) = (&decision.base, parent) else {
+            return Ok((decision, Trial { doubt: None, sampled_blocks: 0 }));
+        };
+        let paranoid = self.request.paranoid;
+        let (repository, tried) = (self.repository, self.tried());
+        let trial =
+            trust::test(repository, parent, readable, base, samples, paranoid, &tried).await?;
         match trial.doubt {
             None => Ok((decision, trial)),
             Some(doubt) => {
-                tracing::warn!(disk = %disk.seen.id, at, "{doubt}; the disk is read whole");
+                tracing::warn!(disk = %disk.seen.id, "{doubt}; the disk is read whole");
                 if self.request.strict {
                     return Err(fallback_refused(self.tried(), &disk.seen.id, doubt));
                 }
@@ -165,19 +181,10 @@ impl<C: Capture> Backup<'_, C> {
         writer: &PointWriter,
     ) -> Outcome<(Moved, u64)> {
         let tried = format!("read disk {} of {}", disk.seen.id, self.request.vm);
-        let control = nbd::control(&readable.uri, readable.dirty.as_deref(), &tried).await?;
-        require_size(&control, readable.size_bytes, &tried)?;
-        let lanes = nbd::lanes(&readable.uri, &tried).await?;
+        let (lanes, items) = self.source(decision, readable, &tried).await?;
         let mut set = LaneSet::new(lanes, self.context.engine)
             .map_err(|e| Failure::failed(&tried, e))?;
-        let scope = match (&decision.base, &readable.dirty) {
-            (Some(base), Some(name)) => {
-                Scope::Bitmap { name: name.clone(), grown_from: base.size_bytes }
-            }
-            _ => Scope::Whole,
-        };
-        let changes = changes::stream(control, scope, readable.size_bytes);
-        let (items, counted) = Counted::new(changes);
+        let (items, counted) = Counted::new(items);
         let mut options = data::options(self.context, &self.interrupt.flag());
         options.control.pulse = self.job.pulse();
         if let Some(rate) = self.request.rate_limit {
@@ -218,6 +225,58 @@ impl<C: Capture> Backup<'_, C> {
         };
         let moved = moved.map_err(|e| data_failure(&tried, e))?;
         Ok((moved, counted.load(Ordering::Relaxed)))
+    }
+
+    /// Where a disk's data come from, and what of them is to be read.
+    async fn source(
+        &self,
+        decision: &Decision,
+        readable: &Readable,
+        tried: &str,
+    ) -> Outcome<(Vec<Lane>, Items)> {
+        match &readable.data {
+            Data::Export(uri) => {
+                let bitmap = readable.dirty.as_ref().map(|map| map.bitmap.as_str());
+                let control = nbd::control(uri, bitmap, tried).await?;
+                require_size(&control, readable.size_bytes, tried)?;
+                let scope = match (&decision.base, bitmap) {
+                    (Some(base), Some(name)) => {
+                        Scope::Bitmap { name: name.into(), grown_from: base.size_bytes }
+                    }
+                    _ => Scope::Whole,
+                };
+                let changes = changes::stream(control, scope, readable.size_bytes);
+                Ok((nbd::lanes(uri, tried).await?, Box::new(changes)))
+            }
+            Data::Spool(spool) => {
+                self.require_all_pushed(spool, decision, readable, tried).await?;
+                let file = spool.file().map_err(|e| Failure::failed(tried, e))?;
+                let lanes = Lane::files(file, SPOOL_LANES).map_err(|e| Failure::failed(tried, e))?;
+                Ok((lanes, Box::new(spool.items().into_iter().map(Ok))))
+            }
+        }
+    }
+
+    /// A granule that is dirty and was not wholly pushed fails the disk.
+    async fn require_all_pushed(
+        &self,
+        spool: &Spool,
+        decision: &Decision,
+        readable: &Readable,
+        tried: &str,
+    ) -> Outcome<()> {
+        let (Some(base), Some(map)) = (&decision.base, &readable.dirty) else { return Ok(()) };
+        let control = nbd::control(&map.uri, Some(&map.bitmap), tried).await?;
+        let scope = Scope::Bitmap { name: map.bitmap.clone(), grown_from: base.size_bytes };
+        let mut changes = changes::stream(control, scope, readable.size_bytes);
+        while let Some(item) = changes.next_item().await {
+            let span = item.map_err(|e| Failure::failed(tried, e))?.span();
+            if let Some(at) = spool.missing(span.offset, span.len) {
+                let why = format!("the byte at {at} changed and QEMU did not push it");
+                return Err(Failure::failed(tried, why));
+            }
+        }
+        Ok(())
     }
 }
 

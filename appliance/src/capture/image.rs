@@ -4,6 +4,7 @@
 //! then read with force-share, so that a VM that starts meanwhile gets its disks; it is noticed at
 //! the end, and the backup fails.
 
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -13,7 +14,7 @@ use icecore_repository::{Consistency, ConsistencyLevel, DiskId};
 use jiff::Timestamp;
 use serde_json::json;
 
-use super::{Base, Capture, Fate, Readable, SeenDisk, Taken, Task};
+use super::{Base, Capture, Data, DirtyMap, Fate, Readable, SeenDisk, Taken, Task};
 use crate::failure::{Failure, Outcome};
 use crate::image::{self, ImageInfo, Served, StorageDaemon};
 use crate::nbd;
@@ -191,7 +192,12 @@ impl Capture for ImageCapture {
         })
     }
 
-    async fn open(&mut self, at: usize, base: Option<&Base>) -> Outcome<Readable> {
+    async fn open(
+        &mut self,
+        at: usize,
+        base: Option<&Base>,
+        _samples: &[Range<u64>],
+    ) -> Outcome<Readable> {
         let dir = self.dir.clone();
         let image = self.image(at);
         let bitmap = base.map(|base| base.bitmap.to_string());
@@ -202,7 +208,8 @@ impl Capture for ImageCapture {
         let uri = nbd::unix_uri(daemon.socket(), daemon.export());
         let size_bytes = image.info.size_bytes;
         image.daemon = Some(daemon);
-        Ok(Readable { uri, dirty: bitmap, size_bytes })
+        let dirty = bitmap.map(|bitmap| DirtyMap { uri: uri.clone(), bitmap });
+        Ok(Readable { data: Data::Export(uri), dirty, size_bytes })
     }
 
     async fn release(&mut self) -> Outcome<()> {

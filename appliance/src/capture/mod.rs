@@ -8,7 +8,11 @@ pub mod decide;
 pub mod image;
 pub mod qmp;
 pub mod scratch;
+pub mod spool;
 pub mod trust;
+
+use std::ops::Range;
+use std::sync::Arc;
 
 use icecore_nbd_client::Uri;
 use icecore_qmp::bitmap::{Bitmap, BitmapName, Granularity};
@@ -18,6 +22,7 @@ use jiff::Timestamp;
 
 use crate::failure::Outcome;
 use crate::report::Unprotected;
+use spool::Spool;
 
 /// A disk of the VM, as it is before anything is done.
 #[derive(Debug, Clone)]
@@ -76,11 +81,29 @@ pub struct Taken {
 /// A disk at the instant, ready to be read.
 #[derive(Debug, Clone)]
 pub struct Readable {
-    pub uri: Uri,
-    /// Name of the exported bitmap with the changes, without its `qemu:dirty-bitmap:`.
-    pub dirty: Option<String>,
+    pub data: Data,
+    /// The changes, where a base was given.
+    pub dirty: Option<DirtyMap>,
     /// Size at the instant.
     pub size_bytes: u64,
+}
+
+/// Where the data of a disk are.
+#[derive(Debug, Clone)]
+pub enum Data {
+    /// In an export.
+    Export(Uri),
+    /// Here: they were pushed.
+    Spool(Arc<Spool>),
+}
+
+/// A readable copy of a dirty bitmap.
+#[derive(Debug, Clone)]
+pub struct DirtyMap {
+    /// An export that shows it; with pushed data it holds nothing else.
+    pub uri: Uri,
+    /// Its name, without the `qemu:dirty-bitmap:` of its metadata context.
+    pub bitmap: String,
 }
 
 /// What is known of the point at the end.
@@ -109,8 +132,14 @@ pub trait Capture {
     /// Fixes one instant of the disks in `tasks`; the guest runs again when this returns.
     async fn take(&mut self, tasks: &[Task]) -> Outcome<Taken>;
 
-    /// Makes the `at`-th of the tasks readable. Without `base` all of it will be read.
-    async fn open(&mut self, at: usize, base: Option<&Base>) -> Outcome<Readable>;
+    /// Makes the `at`-th of the tasks readable: what changed since `base` and the `samples`, or
+    /// all of it without a base.
+    async fn open(
+        &mut self,
+        at: usize,
+        base: Option<&Base>,
+        samples: &[Range<u64>],
+    ) -> Outcome<Readable>;
 
     /// Lets go of the instant; with an error where it turned out not to have held.
     async fn release(&mut self) -> Outcome<()>;

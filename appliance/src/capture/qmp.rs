@@ -1,18 +1,20 @@
 //! The capture of a running VM through its QMP socket, by way of the guardian.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use icecore_nbd_client::server::{Server, ServerOptions};
 use icecore_qmp::bitmap::{Granularity, NamePart, Owner};
 use icecore_qmp::capture::RunId;
 use icecore_qmp::capture::plan::{Base as GuardianBase, DiskPlan, NewBitmap, Scratch};
 use icecore_qmp::features::Features;
 use icecore_qmp::guardian::GuardianClient;
 use icecore_qmp::guardian::protocol::{
-    ErrorKind, Expose, ExposeDisk, Exposed, Form, Freeze, GuardianError, InstantPlan,
-    InstantReport, Prepare, Then,
+    ErrorKind, Expose, ExposeDisk, Exposed, ExposedDisk, Form, Freeze, GuardianError, InstantPlan,
+    InstantReport, Prepare, Push, PushState, Then,
 };
 use icecore_qmp::inventory::{Disk, Inventory};
 use icecore_qmp::recover::{
@@ -23,14 +25,21 @@ use jiff::Timestamp;
 use serde_json::json;
 
 use super::scratch::{Owner as User, ScratchDir};
-use super::{Base, Capture, Fate, Readable, SeenDisk, Taken, Task};
+use super::spool::Spool;
+use super::{Base, Capture, Data, DirtyMap, Fate, Readable, SeenDisk, Taken, Task};
 use crate::failure::{Failure, Outcome, Status};
+use crate::interrupt::Interrupt;
 use crate::nbd;
 use crate::report::Unprotected;
 use crate::state::IntentLog;
 
 /// How often the guardian is told that the worker lives. It acts after 2 s.
 const PULSE_INTERVAL: Duration = Duration::from_millis(200);
+
+/// How often a push is looked at.
+const PUSH_POLL: Duration = Duration::from_millis(20);
+/// The name of the export that a push writes to.
+const PUSH_EXPORT: &str = "push";
 
 /// What a capture of a running VM needs to know.
 #[derive(Debug)]
@@ -46,6 +55,7 @@ pub struct Settings {
     pub repository: NamePart,
     /// Moves with every wake of the data plane's threads.
     pub pulse: Arc<AtomicU64>,
+    pub interrupt: Interrupt,
     pub tried: String,
 }
 
@@ -199,6 +209,68 @@ impl QmpCapture {
         }
     }
 
+    fn server_socket(&self) -> PathBuf {
+        let scratch = self.scratch.as_ref().map(ScratchDir::path);
+        scratch.unwrap_or(&self.settings.scratch).join("nbd.sock")
+    }
+
+    /// Lets QEMU push a disk into a spool in the scratch directory.
+    async fn receive(
+        &self,
+        at: usize,
+        disk: &ExposedDisk,
+        base: Option<&Base>,
+        samples: &[Range<u64>],
+    ) -> Outcome<Data> {
+        let tried = &self.settings.tried;
+        let Some(scratch) = &self.scratch else {
+            return Err(Failure::failed(tried, "there is no scratch directory"));
+        };
+        let what = if base.is_some() { "changes" } else { "whole" };
+        let path = scratch.path().join(format!("push{at}-{what}"));
+        let failed = |e: std::io::Error| Failure::failed(tried, format!("{}: {e}", path.display()));
+        let spool = Arc::new(Spool::create(&path, disk.size_bytes).map_err(failed)?);
+        let socket = path.with_extension("sock");
+        let server = Server::new(
+            vec![(PUSH_EXPORT.into(), Arc::clone(&spool) as _)],
+            ServerOptions::default(),
+        );
+        let listening = server.listen_unix(&socket, 0o600).map_err(failed)?;
+        scratch.give_away(&socket).map_err(failed)?;
+        let push = Push {
+            disk: u16::try_from(at).map_err(|e| Failure::failed(tried, e))?,
+            socket,
+            export: PUSH_EXPORT.into(),
+            base: base.map(guardian_base),
+            samples: samples.to_vec(),
+        };
+        self.guardian.push(push.clone()).await.map_err(|e| self.failed(e))?;
+        self.wait_for_push(push.disk).await?;
+        listening.stop().await;
+        if base.is_none() && let Some(missing) = spool.missing(0, disk.size_bytes) {
+            let why = format!("QEMU says that it pushed everything, but not the byte at {missing}");
+            return Err(Failure::failed(tried, why));
+        }
+        Ok(Data::Spool(spool))
+    }
+
+    async fn wait_for_push(&self, disk: u16) -> Outcome<()> {
+        loop {
+            match self.guardian.push_status(disk).await.map_err(|e| self.failed(e))? {
+                PushState::Done => return Ok(()),
+                PushState::Failed(why) => {
+                    let why = format!("QEMU could not push the disk: {why}");
+                    return Err(Failure::failed(&self.settings.tried, why)
+                        .next("is there room in the --scratch directory?"));
+                }
+                PushState::Running { .. } => {
+                    self.settings.interrupt.check(&self.settings.tried)?;
+                    tokio::time::sleep(PUSH_POLL).await;
+                }
+            }
+        }
+    }
+
     fn consistency(&self, report: &InstantReport) -> Consistency {
         let frozen = report.frozen_filesystems.and_then(|count| u32::try_from(count).ok());
         let level = match frozen {
@@ -248,19 +320,27 @@ impl Capture for QmpCapture {
         Ok(Taken { captured_at: captured, consistency: self.consistency(&report) })
     }
 
-    async fn open(&mut self, at: usize, base: Option<&Base>) -> Outcome<Readable> {
-        let exposed = self.exposed.as_ref().and_then(|exposed| exposed.disks.get(at));
-        let (Some(disk), Some(scratch)) = (exposed, &self.scratch) else {
+    async fn open(
+        &mut self,
+        at: usize,
+        base: Option<&Base>,
+        samples: &[Range<u64>],
+    ) -> Outcome<Readable> {
+        let exposed = self.exposed.as_ref().and_then(|exposed| exposed.disks.get(at)).cloned();
+        let Some(disk) = exposed else {
             return Err(Failure::failed(&self.settings.tried, "the disk is not exposed"));
         };
-        let Some(export) = &disk.export else {
-            return Err(Failure::failed(&self.settings.tried, "the disk has no export"));
+        let uri = disk.export.as_ref().map(|export| nbd::unix_uri(&self.server_socket(), export));
+        let bitmap = base.and_then(|_| dirty_name(disk.dirty_context.as_deref()));
+        let dirty = uri.clone().zip(bitmap).map(|(uri, bitmap)| DirtyMap { uri, bitmap });
+        let data = match (disk.form, uri) {
+            (Form::Push, _) => self.receive(at, &disk, base, samples).await?,
+            (Form::Pull, Some(uri)) => Data::Export(uri),
+            (Form::Pull, None) => {
+                return Err(Failure::failed(&self.settings.tried, "the disk has no export"));
+            }
         };
-        Ok(Readable {
-            uri: nbd::unix_uri(&scratch.path().join("nbd.sock"), export),
-            dirty: base.and_then(|_| dirty_name(disk.dirty_context.as_deref())),
-            size_bytes: disk.size_bytes,
-        })
+        Ok(Readable { data, dirty, size_bytes: disk.size_bytes })
     }
 
     async fn release(&mut self) -> Outcome<()> {

@@ -103,7 +103,8 @@ impl ScratchDir {
         Ok(ScratchFile { path, cap_bytes })
     }
 
-    fn give_away(&self, path: &Path) -> std::io::Result<()> {
+    /// Gives a file to the user that QEMU runs as.
+    pub fn give_away(&self, path: &Path) -> std::io::Result<()> {
         let Some(owner) = self.owner else { return Ok(()) };
         let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
         rustix::fs::chown(path, Some(uid), Some(gid)).map_err(Into::into)

@@ -1,16 +1,19 @@
 //! Trust but verify: before an incremental read, the bitmap is tested against the disk.
 
+use std::collections::BTreeSet;
+use std::ops::Range;
+
 use icecore_nbd_client::extents::Extent;
 use icecore_nbd_client::{ChangedKind, Control, Flow};
 use icecore_qmp::bitmap::{Doubt, Sentinels};
 use icecore_repository::{BlockId, BlockIndex, DiskReader, Repository};
 
-use super::{Base, Readable};
+use super::{Base, Data, DirtyMap, Readable};
 use crate::failure::{Failure, Outcome};
 use crate::nbd;
 
 /// Clean blocks that are read and compared in each incremental.
-const SAMPLES: usize = 16;
+const SAMPLES: usize = 8;
 
 /// Stretch of the disk whose holes are held at once.
 const STRETCH_BYTES: u64 = 8 << 30;
@@ -20,40 +23,72 @@ const STRETCH_BYTES: u64 = 8 << 30;
 pub struct Trial {
     pub doubt: Option<Doubt>,
     pub sampled_blocks: u64,
-    pub read_bytes: u64,
 }
 
-/// Tests a bitmap: its sentinels must be set, and clean blocks must be what the parent holds.
+/// Blocks to sample, as byte ranges of the disk: random ones, each moved on to the next one that
+/// holds data where there is one. The last block of a disk that grew is another one now.
+pub fn samples(parent: &DiskReader, size: u64, tried: &str) -> Outcome<Vec<Range<u64>>> {
+    let block = u64::from(parent.block_size().bytes());
+    let comparable = match parent.size_bytes() == size {
+        true => size.div_ceil(block),
+        false => parent.size_bytes().min(size) / block,
+    };
+    let mut chosen = BTreeSet::new();
+    for _ in 0..if comparable == 0 { 0 } else { SAMPLES } {
+        let random = getrandom::u64().map_err(|e| Failure::failed(tried, e))?;
+        let from = BlockIndex(random % comparable);
+        let next = next_data(parent, from, tried)?.filter(|next| next.0 < comparable);
+        chosen.insert(next.unwrap_or(from).0);
+    }
+    Ok(chosen.into_iter().map(|at| at * block..((at + 1) * block).min(size)).collect())
+}
+
+/// Tests a bitmap: its sentinels must be set, and those of the `samples` that it calls clean must
+/// be what the parent holds.
 pub async fn test(
     repository: &Repository,
     parent: &DiskReader,
     readable: &Readable,
     base: &Base,
+    samples: &[Range<u64>],
     paranoid: bool,
     tried: &str,
 ) -> Outcome<Trial> {
-    let mut control = nbd::control(&readable.uri, readable.dirty.as_deref(), tried).await?;
-    let mut trial = Trial { doubt: None, sampled_blocks: 0, read_bytes: 0 };
-    let sentinels = Sentinels::new(base.size_bytes, base.granularity);
-    for range in sentinels.ranges() {
+    let Some(map) = &readable.dirty else {
+        return Err(Failure::failed(tried, "QEMU does not show the dirty bitmap"));
+    };
+    let mut control = nbd::control(&map.uri, Some(&map.bitmap), tried).await?;
+    let mut trial = Trial { doubt: None, sampled_blocks: 0 };
+    for range in Sentinels::new(base.size_bytes, base.granularity).ranges() {
         let range = Extent::new(range.start, range.end - range.start);
-        if dirty_bytes(&mut control, readable, range, tried).await? != range.length {
+        if dirty_bytes(&mut control, map, range, tried).await? != range.length {
             trial.doubt = Some(Doubt::Contradiction);
             return Ok(trial);
         }
     }
-    if paranoid && holes_contradict(&mut control, readable, parent, tried).await? {
+    if paranoid && holes_contradict(&mut control, map, readable, parent, tried).await? {
         trial.doubt = Some(Doubt::Contradiction);
         return Ok(trial);
     }
-    for index in samples(parent, tried)? {
-        let Some(id) = clean_block(repository, &mut control, readable, parent, index, tried).await?
-        else {
+    for sample in samples {
+        let range = Extent::new(sample.start, sample.end - sample.start);
+        if dirty_bytes(&mut control, map, range, tried).await? != 0 {
             continue;
-        };
+        }
+        let mut bytes = vec![0; range.length as usize];
+        match &readable.data {
+            Data::Export(_) => {
+                let read = control.read(range.offset, &mut bytes).await;
+                read.map_err(|e| Failure::failed(tried, e))?;
+            }
+            Data::Spool(spool) => {
+                let read = spool.read_at(range.offset, &mut bytes);
+                read.map_err(|e| Failure::failed(tried, e))?;
+            }
+        }
         trial.sampled_blocks += 1;
-        trial.read_bytes += u64::from(parent.block_size().bytes());
-        if id != parent_id(parent, index, tried)? {
+        let index = BlockIndex(range.offset / u64::from(parent.block_size().bytes()));
+        if repository.hasher().block_id(&bytes) != parent_id(parent, index, tried)? {
             trial.doubt = Some(Doubt::Contradiction);
             return Ok(trial);
         }
@@ -65,10 +100,13 @@ pub async fn test(
 /// whole allocation map.
 async fn holes_contradict(
     control: &mut Control,
+    map: &DirtyMap,
     readable: &Readable,
     parent: &DiskReader,
     tried: &str,
 ) -> Outcome<bool> {
+    // A map without data has no allocation to tell of.
+    let Data::Export(_) = readable.data else { return Ok(false) };
     let Some(allocation) = control.session().context(nbd::ALLOCATION) else { return Ok(false) };
     let block = u64::from(parent.block_size().bytes());
     let size = parent.size_bytes().min(readable.size_bytes);
@@ -90,7 +128,7 @@ async fn holes_contradict(
                     break;
                 }
                 let range = Extent::new(index.0 * block, block.min(size - index.0 * block));
-                if dirty_bytes(control, readable, range, tried).await? == 0 {
+                if dirty_bytes(control, map, range, tried).await? == 0 {
                     return Ok(true);
                 }
             }
@@ -100,41 +138,15 @@ async fn holes_contradict(
     Ok(false)
 }
 
-/// The id of a block as the disk holds it, if the bitmap calls all of it clean.
-async fn clean_block(
-    repository: &Repository,
-    control: &mut Control,
-    readable: &Readable,
-    parent: &DiskReader,
-    index: BlockIndex,
-    tried: &str,
-) -> Outcome<Option<BlockId>> {
-    let block = u64::from(parent.block_size().bytes());
-    let start = index.0 * block;
-    let length = block.min(parent.size_bytes().min(readable.size_bytes).saturating_sub(start));
-    // The last, short block of a disk that grew is another block now.
-    if length == 0 || (length < block && parent.size_bytes() != readable.size_bytes) {
-        return Ok(None);
-    }
-    let range = Extent::new(start, length);
-    if dirty_bytes(control, readable, range, tried).await? != 0 {
-        return Ok(None);
-    }
-    let mut bytes = vec![0; length as usize];
-    control.read(start, &mut bytes).await.map_err(|e| Failure::failed(tried, e))?;
-    Ok(Some(repository.hasher().block_id(&bytes)))
-}
-
 async fn dirty_bytes(
     control: &mut Control,
-    readable: &Readable,
+    map: &DirtyMap,
     range: Extent,
     tried: &str,
 ) -> Outcome<u64> {
-    let name = readable.dirty.as_deref().unwrap_or_default();
-    let context = format!("qemu:dirty-bitmap:{name}");
+    let context = format!("qemu:dirty-bitmap:{}", map.bitmap);
     let Some(id) = control.session().context(&context) else {
-        return Err(Failure::failed(tried, format!("the bitmap {name} is not exported")));
+        return Err(Failure::failed(tried, format!("the bitmap {} is not exported", map.bitmap)));
     };
     let mut dirty = 0;
     let count = |changed: icecore_nbd_client::Changed| {
@@ -144,23 +156,6 @@ async fn dirty_bytes(
     let asked = control.changed(range, Some(id), None, count).await;
     asked.map_err(|e| Failure::failed(tried, e))?;
     Ok(dirty)
-}
-
-/// Random blocks, each moved on to the next one that holds data where there is one.
-fn samples(parent: &DiskReader, tried: &str) -> Outcome<Vec<BlockIndex>> {
-    let blocks = parent.size_bytes().div_ceil(u64::from(parent.block_size().bytes()));
-    let mut chosen = Vec::with_capacity(SAMPLES);
-    if blocks == 0 {
-        return Ok(chosen);
-    }
-    for _ in 0..SAMPLES {
-        let random = getrandom::u64().map_err(|e| Failure::failed(tried, e))?;
-        let from = BlockIndex(random % blocks);
-        chosen.push(next_data(parent, from, tried)?.unwrap_or(from));
-    }
-    chosen.sort_unstable();
-    chosen.dedup();
-    Ok(chosen)
 }
 
 fn next_data(parent: &DiskReader, from: BlockIndex, tried: &str) -> Outcome<Option<BlockIndex>> {

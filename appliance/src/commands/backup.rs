@@ -81,6 +81,7 @@ impl Run<'_> {
             granularity: granularity(self.repository),
             repository: repository_part(self.repository, self.tried)?,
             pulse: job.pulse(),
+            interrupt: self.interrupt.clone(),
             tried: self.tried.to_owned(),
         };
         let log = IntentLog::create(&self.context.state, job.id())?;

@@ -1,6 +1,203 @@
-//! x
+//! `icecore doctor`: what was left behind, and its repair. Only what is ours is touched.
+
+use std::path::{Path, PathBuf};
+
+use icecore_qmp::bitmap::{BitmapName, NamePart, Owner};
+use icecore_qmp::guardian::protocol::Inspection;
+use icecore_qmp::recover::Intents;
+use icecore_repository::{PointId, Repository};
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::capture::qmp::failure;
 use crate::cli::args::DoctorArgs;
+use crate::cli::{DAMAGED, OK, VmArgs};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
-/// x
-pub async fn run(_: &Context, _: DoctorArgs) -> Outcome<u8> { Err(Failure::failed("a","b")) }
+use crate::output::{self, Rows};
+use crate::points::is_alive;
+use crate::recovery;
+use crate::state::JobId;
+use crate::state::jobs;
+use crate::state::locks::Lock;
+use crate::target::{self, Reach, Vm};
+
+/// Something that should not be there.
+#[derive(Debug, Serialize)]
+struct Finding {
+    kind: &'static str,
+    object: String,
+    detail: String,
+    repaired: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct DoctorReport {
+    ok: bool,
+    findings: Vec<Finding>,
+}
+
+/// Runs `icecore doctor`. The status is that of damage while something is left unrepaired.
+pub async fn run(context: &Context, args: DoctorArgs) -> Outcome<u8> {
+    let mut findings = dead_runs(context, args.repair).await;
+    let repository =
+        args.repo.repo.as_deref().map(|repo| context.open_read_only(repo)).transpose()?;
+    if names_a_vm(&args.vm) {
+        let vm = Vm::from_args(context, &args.vm, "examine a VM")?;
+        if let Reach::Qmp { qmp, qga } = &vm.reach {
+            let found =
+                qemu(context, &vm, qmp, qga.clone(), repository.as_ref(), args.repair).await?;
+            findings.extend(found);
+        }
+    }
+    findings.extend(scratch(context, args.repair));
+    let ok = findings.iter().all(|finding| finding.repaired);
+    let report = DoctorReport { ok, findings };
+    print(context, &report)?;
+    Ok(if ok { OK } else { DAMAGED })
+}
+
+fn names_a_vm(args: &VmArgs) -> bool {
+    args.vm.is_some() || args.qmp.is_some() || !args.image.is_empty()
+}
+
+async fn dead_runs(context: &Context, repair: bool) -> Vec<Finding> {
+    let finding = |job: String, detail: String, repaired| Finding {
+        kind: "run",
+        object: job,
+        detail,
+        repaired,
+    };
+    if !repair {
+        let dead = recovery::dead_runs(context).into_iter();
+        let detail = |kind| format!("a {kind:?} that ended without a word").to_lowercase();
+        return dead.map(|run| finding(run.job.to_string(), detail(run.kind), false)).collect();
+    }
+    let recovered = recovery::recover_all(context).await.into_iter();
+    recovered
+        .map(|run| {
+            let gone = run.left.is_empty();
+            let detail = if gone { run.what } else { format!("{}: {}", run.what, run.left.join("; ")) };
+            finding(run.job, detail, gone)
+        })
+        .collect()
+}
+
+async fn qemu(
+    context: &Context,
+    vm: &Vm,
+    qmp: &Path,
+    qga: Option<PathBuf>,
+    repository: Option<&Repository>,
+    repair: bool,
+) -> Outcome<Vec<Finding>> {
+    let tried = format!("examine {}", vm.name);
+    let job = JobId::new(Timestamp::now())?;
+    let mut locks = Vec::new();
+    for key in vm.lock_keys() {
+        locks.push(Lock::take(&context.state, &key, &job, &tried)?);
+    }
+    let guardian = target::guard(context, qmp, qga, &tried).await?;
+    let seen = guardian.inspect().await.map_err(|e| failure(&tried, e))?;
+    let mut findings = Vec::new();
+    for run in &seen.leftovers {
+        let mut finding = Finding {
+            kind: "qemu",
+            object: format!("run {run}"),
+            detail: "nodes, exports or jobs of a run that is over".into(),
+            repaired: false,
+        };
+        if repair {
+            let undone = guardian.recover(Intents::unknown(*run), None).await;
+            let left = undone.map_err(|e| failure(&tried, e))?.left;
+            finding.repaired = left.is_empty();
+            if !left.is_empty() {
+                finding.detail = format!("still there: {}", left.join("; "));
+            }
+        }
+        findings.push(finding);
+    }
+    let orphans = orphans(&seen, repository, &tried)?;
+    if repair && !orphans.is_empty() {
+        let names = orphans.iter().map(ToString::to_string).collect();
+        guardian.forget(names).await.map_err(|e| failure(&tried, e))?;
+    }
+    findings.extend(orphans.into_iter().map(|name| Finding {
+        kind: "bitmap",
+        object: name.to_string(),
+        detail: format!("its point {} is gone", name.point),
+        repaired: repair,
+    }));
+    Ok(findings)
+}
+
+/// Bitmaps of points of this repository that do not exist any more. Without the repository nobody
+/// can tell; those of other repositories are none of our business.
+fn orphans(
+    seen: &Inspection,
+    repository: Option<&Repository>,
+    tried: &str,
+) -> Outcome<Vec<BitmapName>> {
+    let Some(repository) = repository else { return Ok(Vec::new()) };
+    let own = NamePart::new(repository.id().to_string()).map_err(|e| Failure::failed(tried, e))?;
+    let mut orphans = Vec::new();
+    for bitmap in seen.inventory.disks.iter().flat_map(|disk| &disk.bitmaps) {
+        let Owner::ThisRepository(name) = Owner::of(&bitmap.name, &own) else { continue };
+        let gone = match name.point.as_str().parse::<PointId>() {
+            Ok(id) => matches!(
+                repository.point(&id),
+                Err(icecore_repository::Error::NotFound { .. })
+            ),
+            Err(_) => true,
+        };
+        if gone {
+            orphans.push(name);
+        }
+    }
+    Ok(orphans)
+}
+
+/// Scratch directories of the default place whose run is over.
+fn scratch(context: &Context, repair: bool) -> Vec<Finding> {
+    let Ok(entries) = std::fs::read_dir(context.state.root().join("scratch")) else {
+        return Vec::new();
+    };
+    let alive: Vec<String> = jobs::all(&context.state)
+        .into_iter()
+        .filter(|record| !record.status.is_final() || is_alive(context, record))
+        .map(|record| format!("icecore-{}", record.job.run()))
+        .collect();
+    let stale = entries.flatten().filter(|entry| {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        name.starts_with("icecore-") && !alive.iter().any(|run| name.starts_with(run.as_str()))
+    });
+    stale
+        .map(|entry| {
+            let path = entry.path();
+            let repaired = repair && std::fs::remove_dir_all(&path).is_ok();
+            let detail = "scratch of a run that is over".into();
+            Finding { kind: "scratch", object: path.display().to_string(), detail, repaired }
+        })
+        .collect()
+}
+
+fn print(context: &Context, report: &DoctorReport) -> Outcome<()> {
+    if context.json {
+        return output::json(report);
+    }
+    let mut table = Rows::new(&["what", "object", "detail", "repaired"]);
+    for finding in &report.findings {
+        let repaired = if finding.repaired { "yes" } else { "no" };
+        table.add(vec![
+            finding.kind.into(),
+            finding.object.clone(),
+            finding.detail.clone(),
+            repaired.into(),
+        ]);
+    }
+    table.print("nothing was left behind")?;
+    if !report.ok {
+        output::print("repair with 'icecore doctor … --repair'\n")?;
+    }
+    Ok(())
+}

@@ -77,7 +77,8 @@ async fn dispatch(
     let live = match &vm.reach {
         Reach::Images(_) => None,
         Reach::Qmp { qmp, qga } => {
-            Some(live(context, repository, job, qmp, qga.as_deref(), args, tried).await?)
+            let (qga, interrupt) = (qga.as_deref(), interrupt);
+            Some(live(context, repository, job, qmp, qga, args, interrupt, tried).await?)
         }
     };
     let mut rollback = Rollback { context, repository, point, request, job, interrupt, tried };
@@ -88,6 +89,7 @@ async fn dispatch(
     }
 }
 
+#[allow(clippy::too_many_arguments)] // One call, from one place.
 async fn live(
     context: &Context,
     repository: &Repository,
@@ -95,6 +97,7 @@ async fn live(
     qmp: &std::path::Path,
     qga: Option<&std::path::Path>,
     args: &RollbackArgs,
+    interrupt: &Interrupt,
     tried: &str,
 ) -> Outcome<Live> {
     let user = target::qemu_user(qmp, tried)?;
@@ -119,6 +122,7 @@ async fn live(
         granularity: granularity(repository),
         repository: repository_part(repository, tried)?,
         pulse: job.pulse(),
+        interrupt: interrupt.clone(),
         tried: tried.to_owned(),
     };
     Ok(Live { guardian, run, scratch, user, freeze, settings })

@@ -14,7 +14,7 @@ use icecore_qmp::recover::{Intents, RollbackIntent, ServerIntent, StopIntent};
 use super::{Chosen, Known, Rollback, RolledBack, ranges};
 use crate::capture::qmp::{QmpCapture, Settings, disk_intent_of, failure, guardian_base};
 use crate::capture::scratch::{Owner, ScratchDir};
-use crate::capture::{Capture, Fate, SeenDisk, Task};
+use crate::capture::{Capture, Data, Fate, SeenDisk, Task};
 use crate::failure::{Failure, Outcome};
 use crate::nbd;
 use crate::state::IntentLog;
@@ -168,16 +168,21 @@ impl Rollback<'_> {
         let mut described = Vec::with_capacity(chosen.len());
         for (at, (disk, known)) in chosen.iter().zip(known).enumerate() {
             let base = known.as_ref().map(|known| &known.base);
-            let readable = capture.open(at, base).await?;
+            let readable = capture.open(at, base, &[]).await?;
+            let Data::Export(uri) = &readable.data else {
+                let why = "this QEMU cannot show a disk in an iothread without harm";
+                return Err(Failure::refused(self.tried, why));
+            };
             let dirty = match (known, &readable.dirty) {
-                (Some(known), Some(name)) => {
-                    let mut control = nbd::control(&readable.uri, Some(name), self.tried).await?;
+                (Some(known), Some(map)) => {
+                    let name = &map.bitmap;
+                    let mut control = nbd::control(&map.uri, Some(name), self.tried).await?;
                     let size = readable.size_bytes;
                     ranges::dirty(&mut control, name, &known.base, size, block, self.tried).await?
                 }
                 _ => None,
             };
-            let blocks = self.ranges(disk, known.as_ref().zip(dirty), &readable.uri).await?;
+            let blocks = self.ranges(disk, known.as_ref().zip(dirty), uri).await?;
             described.push(self.described(disk, &blocks));
         }
         capture.release().await?;
