@@ -50,7 +50,10 @@ fn version_1_is_read_byte_for_byte() {
         assert_eq!(part, block_bytes(99, 200));
     }
     let report = repo
-        .check(&icecore_repository::CheckOptions { read_data: true, ..Default::default() }, &mut |_| ())
+        .check(
+            &icecore_repository::CheckOptions { read_data: true, ..Default::default() },
+            &mut |_| (),
+        )
         .unwrap();
     assert!(report.ok, "{report:?}");
 }
@@ -66,9 +69,9 @@ fn write_a_fixture() {
     let repo = Repository::init(&folder, options).unwrap();
     let mut last: Option<Point> = None;
     for (label, disks) in models() {
-        let chain = last.as_ref().map_or(ChainChoice::New, |point| {
-            ChainChoice::Existing(point.chain.clone())
-        });
+        let chain = last
+            .as_ref()
+            .map_or(ChainChoice::New, |point| ChainChoice::Existing(point.chain.clone()));
         let writer = begin(&repo, chain);
         let mut names = Vec::new();
         for (name, model) in &disks {
