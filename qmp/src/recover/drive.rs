@@ -190,8 +190,8 @@ fn command(effect: &Effect) -> Option<Call> {
     })
 }
 
-/// The disk's node left the iothread's context with its device; it has to be back there before
-/// the device is, or QEMU aborts.
+/// The disk's node may have left the iothread's context with its device; it has to be back there
+/// before the device is, or QEMU aborts.
 async fn restore_pinned(
     link: &Link,
     intents: &Intents,
@@ -200,9 +200,7 @@ async fn restore_pinned(
     iothread: &str,
 ) -> Result<(), QmpError> {
     let index = intents.disks.iter().position(|disk| disk.qom_path == qom_path).unwrap_or(0);
-    let pin = intents.run.name(u16::try_from(index).unwrap_or(0), crate::capture::Role::Pin);
-    link.call(&Call::add_pin(&pin, node, iothread), CALL_WAIT).await?;
-    let put_back = link.call(&Call::set_drive(qom_path, node), CALL_WAIT).await;
-    link.call(&Call::remove_export(&pin), CALL_WAIT).await?;
-    put_back.map(drop)
+    let index = u16::try_from(index).unwrap_or(0);
+    let [pin, null] = [Role::Pin, Role::Null].map(|role| intents.run.name(index, role));
+    link.move_device(qom_path, (&null, node), Some(iothread), &pin).await
 }

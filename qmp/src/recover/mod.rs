@@ -6,6 +6,8 @@
 
 mod drive;
 mod plan;
+#[cfg(test)]
+mod tests;
 
 use serde::{Deserialize, Serialize};
 
