@@ -19,6 +19,8 @@ mod envelope;
 mod error;
 mod gc;
 pub mod geometry;
+#[cfg(test)]
+mod hostile;
 pub mod ids;
 mod manifest;
 mod map;
