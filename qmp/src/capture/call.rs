@@ -104,6 +104,14 @@ impl Call {
         )
     }
 
+    /// A node that only keeps `node` alive.
+    pub fn keep_node(name: &str, node: &str) -> Self {
+        Self::new(
+            "blockdev-add",
+            json!({"driver": "raw", "node-name": name, "file": node, "read-only": true}),
+        )
+    }
+
     /// An NBD client node towards a server on a unix socket.
     pub fn push_node(run: RunId, disk: DiskIndex, socket: &Path, export: &str) -> Self {
         Self::new(

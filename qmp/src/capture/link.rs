@@ -72,6 +72,36 @@ impl Link {
         Ok(())
     }
 
+    /// Gives a device another node. The two must be in one context, or QEMU aborts: where the
+    /// device's iothread serves `from`, a pin (an export of that name, for nobody) brings `to`
+    /// there first. A device whose guest has not started its driver is not in its iothread yet,
+    /// and then `from` cannot be pinned.
+    pub async fn move_device(
+        &self,
+        qom_path: &str,
+        (from, to): (&str, &str),
+        iothread: Option<&str>,
+        pin: &str,
+    ) -> Result<(), QmpError> {
+        let Some(iothread) = iothread else {
+            return self.call(&Call::set_drive(qom_path, to), CALL_WAIT).await.map(drop);
+        };
+        let probed = self.call(&Call::add_pin(pin, from, iothread), CALL_WAIT).await;
+        match probed {
+            Ok(_) => {
+                self.call(&Call::remove_export(pin), CALL_WAIT).await?;
+                self.call(&Call::add_pin(pin, to, iothread), CALL_WAIT).await?;
+                let moved = self.call(&Call::set_drive(qom_path, to), CALL_WAIT).await;
+                self.call(&Call::remove_export(pin), CALL_WAIT).await?;
+                moved.map(drop)
+            }
+            Err(QmpError::Refused { .. }) => {
+                self.call(&Call::set_drive(qom_path, to), CALL_WAIT).await.map(drop)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     /// Runs a command.
     pub async fn call(&self, call: &Call, wait: Duration) -> Result<Value, QmpError> {
         tracing::debug!(command = call.name, arguments = %call.arguments, "to QEMU");

@@ -38,6 +38,9 @@ pub enum Role {
     Push,
     /// Stands in for the disk while a rollback writes to it.
     Null,
+    /// A node without a user over the disk, which keeps it alive while its device is elsewhere:
+    /// a disk of `-drive` would go with its device's reference.
+    Keep,
     /// An export for the worker.
     Export,
     /// An export that nobody connects to: it holds a node in an iothread.
@@ -46,7 +49,7 @@ pub enum Role {
     Job,
 }
 
-const ROLES: [(Role, &str); 11] = [
+const ROLES: [(Role, &str); 12] = [
     (Role::File, "file"),
     (Role::Raw, "raw"),
     (Role::Tmp, "tmp"),
@@ -55,6 +58,7 @@ const ROLES: [(Role, &str); 11] = [
     (Role::Map, "map"),
     (Role::Push, "push"),
     (Role::Null, "null"),
+    (Role::Keep, "keep"),
     (Role::Export, "exp"),
     (Role::Pin, "pin"),
     (Role::Job, "job"),

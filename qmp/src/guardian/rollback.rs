@@ -55,14 +55,11 @@ impl Keeper {
         for (index, disk) in (0u16..).zip(disks) {
             let null = run.name(index, Role::Null);
             self.call(&Call::null_node(&null, disk.size_bytes), CALL_WAIT).await?;
-            let pin = run.name(index, Role::Pin);
-            if let Some(iothread) = &disk.iothread {
-                self.call(&Call::add_pin(&pin, &null, iothread), CALL_WAIT).await?;
-            }
-            self.call(&Call::set_drive(&disk.qom_path, &null), CALL_WAIT).await?;
-            if disk.iothread.is_some() {
-                self.call(&Call::remove_export(&pin), CALL_WAIT).await?;
-            }
+            let keep = run.name(index, Role::Keep);
+            self.call(&Call::keep_node(&keep, &disk.node), CALL_WAIT).await?;
+            let (iothread, pin) = (disk.iothread.as_deref(), run.name(index, Role::Pin));
+            let nodes = (disk.node.as_str(), null.as_str());
+            self.link()?.move_device(&disk.qom_path, nodes, iothread, &pin).await?;
         }
         let seen = self.observe().await?;
         for (index, disk) in (0u16..).zip(disks) {

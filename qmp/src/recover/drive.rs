@@ -10,7 +10,7 @@ use super::plan::{plan, remains};
 use super::{
     Effect, FreezeIntent, GuestFs, Intents, ScratchHealth, ServerIntent, Situation, StopIntent,
 };
-use crate::capture::Call;
+use crate::capture::{Call, Role};
 use crate::capture::link::{CALL_WAIT, Link};
 use crate::capture::observe::Observed;
 use crate::errors::QmpError;

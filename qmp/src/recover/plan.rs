@@ -121,14 +121,24 @@ fn drives(intents: &Intents, seen: &Observed) -> Vec<Effect> {
 }
 
 /// Parents before children, as QEMU wants it.
-const REMOVAL_ORDER: [Role; 8] =
-    [Role::Snap, Role::Push, Role::Cbw, Role::Map, Role::Null, Role::Tmp, Role::Raw, Role::File];
+const REMOVAL_ORDER: [Role; 9] = [
+    Role::Snap,
+    Role::Push,
+    Role::Cbw,
+    Role::Map,
+    Role::Null,
+    Role::Keep,
+    Role::Tmp,
+    Role::Raw,
+    Role::File,
+];
 
 fn nodes(run: RunId, seen: &Observed) -> Vec<Effect> {
     let leaves_with_device = seen.devices.iter().any(|device| role(run, &device.node).is_some());
     let mut effects = Vec::new();
     for wanted in REMOVAL_ORDER {
-        if wanted == Role::Snap && leaves_with_device {
+        // A snapshot leaves before its device does, above; a kept disk is let go after.
+        if matches!(wanted, Role::Snap | Role::Keep) && leaves_with_device {
             continue;
         }
         let found = with_role(run, seen, |role| role == wanted);
