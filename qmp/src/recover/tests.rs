@@ -143,7 +143,10 @@ impl Model {
                 self.jobs.iter_mut().filter(|job| job.0 == id).for_each(|job| job.1 = true);
             }
             Step::Retire(i) => self.bitmaps.retain(|b| b.1 != bitmap("p0", i)),
-            Step::Null(i) => self.node(i, Role::Null, None),
+            Step::Null(i) => {
+                self.node(i, Role::Null, None);
+                self.node(i, Role::Keep, Some(disk(i)));
+            }
             Step::Swap(i) => self.device_to(i, RUN.name(i, Role::Null)),
             Step::Stop | Step::Readable | Step::Commit | Step::Writing => {}
         }
@@ -239,6 +242,9 @@ impl Model {
             Effect::DeleteNode(name) => {
                 assert!(self.may_drain() && !hang, "it would wait for us");
                 assert!(name.starts_with(&format!("ic-{RUN}-")), "a foreign node: {name}");
+                let away =
+                    name.ends_with("-keep") && self.devices.iter().any(|n| n.ends_with("-null"));
+                assert!(!away, "the disk would go with it");
                 let used = self.devices.contains(name) || self.edges.iter().any(|e| e.1 == *name);
                 if !used {
                     self.nodes.retain(|node| node != name);
