@@ -292,7 +292,7 @@ impl PointWriter {
                 let below = if kept.is_empty() { Below::Nothing } else { Below::Older };
                 let folded = self.fold(&draft, folded, below)?;
                 folded.iter().try_for_each(&mut write)?;
-                draft.discard()?;
+                draft.discard();
                 folded.map(|folded| folded.reference)
             };
             newest.into_iter().chain(kept.iter().cloned()).collect()

@@ -127,12 +127,16 @@ impl Repository {
     pub fn open(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
         let path = path.as_ref();
         let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
+        let none = |why: &str| Error::NotARepository {
+            location: path.display().to_string(),
+            why: why.to_owned(),
+        };
+        if path.exists() && !path.is_dir() {
+            return Err(none("it is no directory"));
+        }
         match DirectoryStore::open(path, access) {
             Ok(store) => Self::open_on(Arc::new(store), options),
-            Err(error) if error.is_not_found() => Err(Error::NotARepository {
-                location: path.display().to_string(),
-                why: "there is no such directory".to_owned(),
-            }),
+            Err(error) if error.is_not_found() => Err(none("there is no such directory")),
             Err(error) => Err(error.into()),
         }
     }

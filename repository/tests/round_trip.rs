@@ -107,3 +107,36 @@ fn pushes_that_cannot_make_a_right_point_are_refused() {
     assert!(matches!(result, Err(Error::Refused { .. })), "not finished");
     assert!(repo.points().unwrap().is_empty());
 }
+
+#[test]
+fn what_is_no_repository_is_named_and_nothing_is_overwritten() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    std::fs::write(path("file"), b"x").unwrap();
+    std::fs::create_dir(path("empty")).unwrap();
+    for name in ["file", "empty", "missing"] {
+        let error = Repository::open(path(name), OpenOptions::default()).unwrap_err();
+        assert!(matches!(error, Error::NotARepository { .. }), "{name}: {error}");
+        assert!(error.to_string().contains("icecore repo init"), "{error}");
+    }
+    std::fs::create_dir(path("full")).unwrap();
+    std::fs::write(path("full").join("letter.txt"), b"x").unwrap();
+    let error = Repository::init(path("full"), InitOptions::default()).unwrap_err();
+    assert!(matches!(error, Error::InitRefused { .. }) && error.to_string().contains("letter.txt"));
+    Repository::init(path("empty"), InitOptions::default()).unwrap();
+    let again = Repository::init(path("empty"), InitOptions::default());
+    assert!(matches!(again, Err(Error::InitRefused { .. })));
+}
+
+#[test]
+fn a_repository_opened_read_only_is_read_and_not_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let repo = repository(&folder);
+    let model = Model::of_blocks(repo.block_size(), 5);
+    let point = write_point(&repo, ChainChoice::New, &disk("vda"), None, &model, &all(&model));
+    let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+    let read = Repository::open(folder.path().join("repo"), options).unwrap();
+    prove(&read, &point, &disk("vda"), &model);
+    let begin = icecore_repository::BeginPoint { vm: vm(), chain: ChainChoice::New, now: now() };
+    assert!(matches!(read.begin_point(begin), Err(Error::ReadOnly { .. })));
+}
