@@ -29,7 +29,8 @@ impl Context {
     /// Validates the global flags.
     pub fn new(global: &Global) -> Outcome<Self> {
         if global.memory < MEMORY_MIN {
-            let why = format!("--memory {} is less than the 32M that moving data takes", global.memory);
+            let why =
+                format!("--memory {} is less than the 32M that moving data takes", global.memory);
             return Err(Failure::usage("start", why));
         }
         let cache = global.cache_dir.clone().unwrap_or_else(|| global.state_dir.join("cache"));

@@ -12,7 +12,8 @@ pub fn size(text: &str) -> Result<u64, String> {
         Some((at, 'T' | 't')) => (&text[..at], 40),
         _ => (text, 0),
     };
-    let wrong = || format!("'{text}' is not a size: digits with an optional K, M, G or T, as in 64K");
+    let wrong =
+        || format!("'{text}' is not a size: digits with an optional K, M, G or T, as in 64K");
     if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
         return Err(wrong());
     }

@@ -42,7 +42,11 @@ pub fn detail<'a>(repository: &Repository, point: &'a Point) -> Result<Detail<'a
 }
 
 /// All rows of a listing, oldest first.
-pub fn rows(context: &Context, repository: &Repository, vm: Option<&str>) -> Outcome<Vec<PointRow>> {
+pub fn rows(
+    context: &Context,
+    repository: &Repository,
+    vm: Option<&str>,
+) -> Outcome<Vec<PointRow>> {
     let failed = |e| Failure::from_repository("list points", e);
     let points = repository.points().map_err(failed)?;
     let protected = repository.protected().map_err(failed)?;
@@ -68,9 +72,7 @@ pub fn uncommitted(context: &Context, repository_id: Option<&str>) -> Vec<PointR
     jobs::all(&context.state)
         .into_iter()
         .filter(|record| record.kind == JobKind::Backup && record.status != JobStatus::Available)
-        .filter(|record| {
-            repository_id.is_none_or(|id| record.repository_id.as_deref() == Some(id))
-        })
+        .filter(|record| repository_id.is_none_or(|id| record.repository_id.as_deref() == Some(id)))
         .map(|record| row_of_job(context, record))
         .collect()
 }

@@ -92,9 +92,9 @@ fn draw_bar(stop: &AtomicBool, label: &str, meter: &Meter, started: Instant) {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     let template = "{msg} {bar:30} {binary_bytes}/{binary_total_bytes} \
                     {binary_bytes_per_sec} {eta} left";
-    bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| {
-        ProgressStyle::default_bar()
-    }));
+    bar.set_style(
+        ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()),
+    );
     bar.set_message(label.to_owned());
     let bar = bar.with_elapsed(started.elapsed());
     while !stop.load(Ordering::Relaxed) {
@@ -122,5 +122,10 @@ fn line(label: &str, meter: &Meter, elapsed: Duration) -> String {
         rest if rate >= 1.0 => format!("{} s left", (rest as f64 / rate).ceil() as u64),
         _ => "time left unknown".into(),
     };
-    format!("{label}: {} of {}, {}/s, {left}", human_bytes(done), human_bytes(total), human_bytes(rate as u64))
+    format!(
+        "{label}: {} of {}, {}/s, {left}",
+        human_bytes(done),
+        human_bytes(total),
+        human_bytes(rate as u64)
+    )
 }

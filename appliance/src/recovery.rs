@@ -14,9 +14,9 @@ use crate::context::Context;
 use crate::failure::{Failure, Outcome};
 use crate::guardian_process;
 use crate::points::is_alive;
+use crate::state::intents;
 use crate::state::jobs::{self, JobKind, JobRecord, JobStatus};
 use crate::state::locks::{Lock, LockKey};
-use crate::state::intents;
 
 /// What became of a dead run.
 #[derive(Debug, Clone)]
@@ -96,7 +96,8 @@ fn reason(context: &Context, record: &JobRecord) -> String {
 /// Undoes what is left in QEMU. A QEMU that is gone has taken everything with it.
 async fn recover_qemu(context: &Context, record: &JobRecord, qmp: &Path) -> Outcome<Vec<String>> {
     let tried = format!("recover job {}", record.job);
-    let Some(last) = intents::read::<Intents>(&context.state, &record.job)?.and_then(|mut all| all.pop())
+    let Some(last) =
+        intents::read::<Intents>(&context.state, &record.job)?.and_then(|mut all| all.pop())
     else {
         return Ok(Vec::new());
     };
@@ -106,13 +107,12 @@ async fn recover_qemu(context: &Context, record: &JobRecord, qmp: &Path) -> Outc
     // A guardian that is still undoing the run ends first.
     let lock = Lock::wait_for_guardian(&context.state, &LockKey::guardian(qmp), &tried)?;
     let guardian = guardian_process::start(vec![lock], &tried)?;
-    guardian
-        .connect(qmp.to_owned(), record.qga.clone())
-        .await
-        .map_err(|e| failure(&tried, e))?;
+    guardian.connect(qmp.to_owned(), record.qga.clone()).await.map_err(|e| failure(&tried, e))?;
     let commit = commit_state(context, record);
     let mut facts = Intents { commit, ..last };
-    if commit == CommitState::Committed && let Some(first) = facts.disks.first_mut() {
+    if commit == CommitState::Committed
+        && let Some(first) = facts.disks.first_mut()
+    {
         first.old_bitmaps = superseded(&guardian, record, &tried).await?;
     }
     let socket = record.scratch.as_ref().map(|dir| dir.join("nbd.sock"));

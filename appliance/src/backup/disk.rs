@@ -5,16 +5,21 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use icecore_io_engine::{BackupStats, EngineError, Lane, LaneSet, PlanItem, ReadItem};
+use icecore_io_engine::{
+    BackupStats, EngineError, Lane, LaneSet, Options, PlanItem, ReadItem, backup, dry_run,
+};
 use icecore_nbd_client::Control;
 use icecore_qmp::bitmap::BitmapName;
-use icecore_repository::{DiskId, DiskMeta, DiskReader, DiskStart, PointWriter};
+use icecore_repository::{
+    BlockIndex, DiskId, DiskMeta, DiskReader, DiskStart, DiskWriter, PointWriter, Repository,
+};
 
 use super::{Backup, Chosen, fallback_refused, granularity};
 use crate::capture::changes::{self, Scope};
 use crate::capture::decide::Decision;
-use crate::capture::trust::{self, Trial};
 use crate::capture::spool::Spool;
+use crate::capture::trim::Trimmer;
+use crate::capture::trust::{self, Trial};
 use crate::capture::{Capture, Data, Readable};
 use crate::data;
 use crate::failure::{Failure, Outcome};
@@ -81,7 +86,7 @@ impl<C: Capture> Backup<'_, C> {
         &mut self,
         at: usize,
         disk: &Chosen,
-        writer: &PointWriter,
+        writer: Option<&PointWriter>,
     ) -> Outcome<DiskResult> {
         let started = Instant::now();
         let parent = self.parent_reader(disk)?;
@@ -127,10 +132,8 @@ impl<C: Capture> Backup<'_, C> {
         disk: &DiskId,
     ) -> Outcome<Option<icecore_qmp::inventory::Identity>> {
         let Some(parent) = &decision.parent else { return Ok(None) };
-        let point = self
-            .repository
-            .point(parent)
-            .map_err(|e| Failure::from_repository(self.tried(), e))?;
+        let point =
+            self.repository.point(parent).map_err(|e| Failure::from_repository(self.tried(), e))?;
         let meta = point.meta.disks.into_iter().find(|meta| &meta.disk == disk);
         Ok(meta.map(|meta| icecore_qmp::inventory::Identity(meta.identity)))
     }
@@ -178,12 +181,12 @@ impl<C: Capture> Backup<'_, C> {
         disk: &Chosen,
         decision: &Decision,
         readable: &Readable,
-        writer: &PointWriter,
+        writer: Option<&PointWriter>,
     ) -> Outcome<(Moved, u64)> {
         let tried = format!("read disk {} of {}", disk.seen.id, self.request.vm);
         let (lanes, items) = self.source(decision, readable, &tried).await?;
-        let mut set = LaneSet::new(lanes, self.context.engine)
-            .map_err(|e| Failure::failed(&tried, e))?;
+        let set =
+            LaneSet::new(lanes, self.context.engine).map_err(|e| Failure::failed(&tried, e))?;
         let (items, counted) = Counted::new(items);
         let mut options = data::options(self.context, &self.interrupt.flag());
         options.control.pulse = self.job.pulse();
@@ -193,35 +196,19 @@ impl<C: Capture> Backup<'_, C> {
         let label = format!("{} {}", self.request.vm, disk.seen.id);
         let meter = Meter::new(readable.size_bytes, Arc::clone(&options.control.progress));
         let _shown = Progress::show(label, meter, self.context.quiet);
-        let (size, block_size) = (readable.size_bytes, self.repository.block_size());
-        let moved = if self.request.dry_run {
-            let hasher = self.repository.hasher();
-            data::blocking(move || {
-                icecore_io_engine::dry_run(&mut set, size, block_size, hasher, items, &options)
-                    .map(|stats| Moved {
-                        read_bytes: options.control.progress.read_bytes.load(Ordering::Relaxed),
-                        zero_bytes: options.control.progress.zero_bytes.load(Ordering::Relaxed),
-                        new_bytes: 0,
-                        stored_bytes: 0,
-                        latency: data::latency(&stats.latency),
-                    })
-            })
-            .await
-        } else {
-            let start = DiskStart {
-                disk: disk.seen.id.clone(),
-                size_bytes: size,
-                parent: decision.parent.clone(),
-            };
-            let disk_writer =
-                writer.disk(start).map_err(|e| Failure::from_repository(&tried, e))?;
-            data::blocking(move || {
-                let stats = icecore_io_engine::backup(
-                    &mut set, size, block_size, disk_writer, items, &options, |_| {},
-                );
-                stats.map(|stats| moved(&stats))
-            })
-            .await
+        let run = DataRun { set, items, options, size: readable.size_bytes };
+        let moved = match writer {
+            None => run.hash_only(self.repository).await,
+            Some(writer) => {
+                let start = DiskStart {
+                    disk: disk.seen.id.clone(),
+                    size_bytes: readable.size_bytes,
+                    parent: decision.parent.clone(),
+                };
+                let disk_writer =
+                    writer.disk(start).map_err(|e| Failure::from_repository(&tried, e))?;
+                run.store(self.repository, disk_writer, &readable.data).await
+            }
         };
         let moved = moved.map_err(|e| data_failure(&tried, e))?;
         Ok((moved, counted.load(Ordering::Relaxed)))
@@ -251,7 +238,8 @@ impl<C: Capture> Backup<'_, C> {
             Data::Spool(spool) => {
                 self.require_all_pushed(spool, decision, readable, tried).await?;
                 let file = spool.file().map_err(|e| Failure::failed(tried, e))?;
-                let lanes = Lane::files(file, SPOOL_LANES).map_err(|e| Failure::failed(tried, e))?;
+                let lanes =
+                    Lane::files(file, SPOOL_LANES).map_err(|e| Failure::failed(tried, e))?;
                 Ok((lanes, Box::new(spool.items().into_iter().map(Ok))))
             }
         }
@@ -277,6 +265,63 @@ impl<C: Capture> Backup<'_, C> {
             }
         }
         Ok(())
+    }
+}
+
+/// One run of the data plane over a disk.
+struct DataRun<I> {
+    set: LaneSet,
+    items: I,
+    options: Options,
+    size: u64,
+}
+
+impl<I: Iterator<Item = PlanItem> + Send + 'static> DataRun<I> {
+    /// Reads and hashes, stores nothing.
+    async fn hash_only(self, repository: &Repository) -> Result<Moved, EngineError> {
+        let Self { mut set, items, options, size } = self;
+        let (block_size, hasher) = (repository.block_size(), repository.hasher());
+        data::blocking(move || {
+            let stats = dry_run(&mut set, size, block_size, hasher, items, &options)?;
+            let counted = &options.control.progress;
+            Ok(Moved {
+                read_bytes: counted.read_bytes.load(Ordering::Relaxed),
+                zero_bytes: counted.zero_bytes.load(Ordering::Relaxed),
+                new_bytes: 0,
+                stored_bytes: 0,
+                latency: data::latency(&stats.latency),
+            })
+        })
+        .await
+    }
+
+    /// Reads and stores; gives scratch space back as packs become durable.
+    async fn store(
+        self,
+        repository: &Repository,
+        writer: DiskWriter,
+        source: &Data,
+    ) -> Result<Moved, EngineError> {
+        let Self { mut set, items, options, size } = self;
+        let block_size = repository.block_size();
+        let block = u64::from(block_size.bytes());
+        let trimmer = match source {
+            Data::Export(uri) => Trimmer::start(uri).await,
+            Data::Spool(_) => None,
+        };
+        let mark = trimmer.as_ref().map_or_else(Arc::default, Trimmer::mark);
+        let durable = move |index: BlockIndex| {
+            mark.store(index.0.saturating_mul(block).min(size), Ordering::Relaxed);
+        };
+        let stored = data::blocking(move || {
+            let stats = backup(&mut set, size, block_size, writer, items, &options, durable);
+            stats.map(|stats| moved(&stats))
+        })
+        .await;
+        if let Some(trimmer) = trimmer {
+            trimmer.stop().await;
+        }
+        stored
     }
 }
 

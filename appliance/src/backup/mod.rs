@@ -63,42 +63,60 @@ impl<C: Capture> Backup<'_, C> {
     pub async fn run(mut self) -> Outcome<BackupReport> {
         let started = Instant::now();
         let created_at = self.job.record.started_at;
-        let chosen = self.choose()?;
-        let writer = self.begin(&chosen)?;
-        let bitmaps = self.bitmaps(&chosen, &writer)?;
-        let tasks: Vec<Task> = chosen
-            .iter()
-            .zip(&bitmaps)
-            .map(|(disk, bitmap)| Task {
-                index: disk.index,
-                base: disk.decision.base.clone(),
-                bitmap: bitmap.clone(),
-            })
-            .collect();
-        let read = self.capture_and_read(&chosen, &tasks, &writer).await;
-        let (taken, disks) = match read {
+        let picked = self.pick()?;
+        let chain = self.chain()?;
+        // Announced before any parent is looked at: from now on no gc takes one away.
+        let writer = self.begin(chain.clone())?;
+        let (chosen, tasks) = match self.prepare(picked, chain.as_ref(), writer.as_ref()) {
+            Ok(prepared) => prepared,
+            Err(failure) => return Err(self.give_up(writer, failure).await),
+        };
+        let (taken, disks) = match self.capture_and_read(&chosen, &tasks, writer.as_ref()).await {
             Ok(read) => read,
             Err(failure) => return Err(self.give_up(writer, failure).await),
         };
-        let metas = disks.iter().zip(&bitmaps).map(|(disk, bitmap)| disk.meta(bitmap.as_ref()));
+        let metas = disks.iter().zip(&tasks).map(|(disk, task)| disk.meta(task.bitmap.as_ref()));
         let meta = self.meta(created_at, &taken, metas.collect());
         let unprotected = self.unprotected(&chosen);
-        let chain = writer.chain().to_string();
-        if self.request.dry_run {
-            writer.abort();
+        let Some(writer) = writer else {
             self.capture.settle(Fate::NotCommitted).await?;
             return Ok(report::dry(self.job, &meta, disks, unprotected, started.elapsed()));
-        }
-        let point = self.commit(writer, meta, chain).await?;
+        };
+        let point = self.commit(writer, meta).await?;
         Ok(report::committed(self.job, &point, disks, unprotected, started.elapsed()))
+    }
+
+    /// How each disk is read, and what that asks of the capture.
+    fn prepare(
+        &mut self,
+        picked: Vec<(usize, SeenDisk)>,
+        chain: Option<&ChainId>,
+        writer: Option<&PointWriter>,
+    ) -> Outcome<(Vec<Chosen>, Vec<Task>)> {
+        let mut chosen = Vec::with_capacity(picked.len());
+        for (index, seen) in picked {
+            let parent = self.parent(chain, &seen)?;
+            let decision = decide(self.request.level, &seen, parent.as_ref());
+            chosen.push(Chosen { index, seen, decision });
+        }
+        self.require_no_fallback(&chosen)?;
+        let parent = chosen.iter().filter_map(|disk| disk.decision.parent.clone()).max();
+        self.job.record.parent = parent.map(|point| point.to_string());
+        self.job.save(self.context)?;
+        let tasks = chosen.iter().map(|disk| {
+            let (index, base) = (disk.index, disk.decision.base.clone());
+            Ok(Task { index, base, bitmap: self.bitmap(&disk.seen, writer)? })
+        });
+        let tasks = tasks.collect::<Outcome<_>>()?;
+        Ok((chosen, tasks))
     }
 
     fn tried(&self) -> String {
         format!("back up {} to {}", self.request.vm, self.job.record.repository)
     }
 
-    /// Picks the disks and decides how each is read; nothing is changed yet.
-    fn choose(&self) -> Outcome<Vec<Chosen>> {
+    /// The disks that will be in the point; nothing is changed yet.
+    fn pick(&self) -> Outcome<Vec<(usize, SeenDisk)>> {
         let seen = self.capture.disks();
         for named in self.request.disks.iter().chain(&self.request.exclude) {
             if !seen.iter().any(|disk| &disk.id == named) {
@@ -107,29 +125,21 @@ impl<C: Capture> Backup<'_, C> {
                 return Err(Failure::usage(self.tried(), why));
             }
         }
-        let chain = self.chain()?;
-        let mut chosen = Vec::new();
-        for (index, disk) in seen.iter().enumerate() {
-            let named = self.request.disks.contains(&disk.id);
-            if !self.is_wanted(disk) {
-                continue;
-            }
+        let mut picked = Vec::new();
+        for (index, disk) in seen.iter().enumerate().filter(|(_, disk)| self.is_wanted(disk)) {
             match &disk.refusal {
-                Some(why) if named => {
+                Some(why) if self.request.disks.contains(&disk.id) => {
                     return Err(Failure::refused(self.tried(), format!("disk {}: {why}", disk.id)));
                 }
-                Some(_) => continue,
-                None => {}
+                Some(_) => {}
+                None => picked.push((index, disk.clone())),
             }
-            let decision = decide(self.request.level, disk, self.parent(chain.as_ref(), disk)?.as_ref());
-            chosen.push(Chosen { index, seen: disk.clone(), decision });
         }
-        if chosen.is_empty() {
+        if picked.is_empty() {
             return Err(Failure::refused(self.tried(), "no disk of the VM can be backed up")
                 .next("see 'icecore vm show' for the reason of each"));
         }
-        self.require_no_fallback(&chosen)?;
-        Ok(chosen)
+        Ok(picked)
     }
 
     fn is_wanted(&self, disk: &SeenDisk) -> bool {
@@ -140,7 +150,9 @@ impl<C: Capture> Backup<'_, C> {
     fn require_no_fallback(&self, chosen: &[Chosen]) -> Outcome<()> {
         let fallback = chosen.iter().find(|disk| disk.decision.is_fallback());
         match (self.request.strict, fallback.and_then(|disk| disk.decision.doubt.zip(Some(disk)))) {
-            (true, Some((doubt, disk))) => Err(fallback_refused(self.tried(), &disk.seen.id, doubt)),
+            (true, Some((doubt, disk))) => {
+                Err(fallback_refused(self.tried(), &disk.seen.id, doubt))
+            }
             _ => Ok(()),
         }
     }
@@ -163,7 +175,10 @@ impl<C: Capture> Backup<'_, C> {
                 Err(Failure::refused(self.tried(), why).next("see 'icecore chain list'"))
             }
             (None, None, Level::Incremental) => {
-                let why = format!("{} has no chain yet, and --level incremental never starts one", self.request.vm);
+                let why = format!(
+                    "{} has no chain yet, and --level incremental never starts one",
+                    self.request.vm
+                );
                 Err(Failure::refused(self.tried(), why).next("take a first point without --level"))
             }
             _ => Ok(found),
@@ -177,52 +192,40 @@ impl<C: Capture> Backup<'_, C> {
             .map_err(|e| Failure::from_repository(self.tried(), e))
     }
 
-    fn begin(&mut self, chosen: &[Chosen]) -> Outcome<PointWriter> {
-        let chain = match self.chain()? {
-            Some(chain) => ChainChoice::Existing(chain),
-            None => ChainChoice::New,
-        };
+    /// Begins the point; a dry run has none.
+    fn begin(&mut self, chain: Option<ChainId>) -> Outcome<Option<PointWriter>> {
+        self.job.record.chain = chain.as_ref().map(ToString::to_string);
+        if self.request.dry_run {
+            return Ok(None);
+        }
+        let chain = chain.map_or(ChainChoice::New, ChainChoice::Existing);
         let begin = BeginPoint { vm: self.request.vm.clone(), chain, now: Timestamp::now() };
         let writer = self
             .repository
             .begin_point(begin)
             .map_err(|e| Failure::from_repository(self.tried(), e))?;
-        let record = &mut self.job.record;
-        record.point = (!self.request.dry_run).then(|| writer.id().to_string());
-        record.chain = Some(writer.chain().to_string());
-        record.parent = chosen.iter().filter_map(|d| d.decision.parent.clone()).max().map(|p| p.to_string());
-        self.job.save(self.context)?;
-        Ok(writer)
+        self.job.record.point = Some(writer.id().to_string());
+        self.job.record.chain = Some(writer.chain().to_string());
+        Ok(Some(writer))
     }
 
-    /// The bitmap that each disk gets; none where none can record, and in a dry run.
-    fn bitmaps(
-        &self,
-        chosen: &[Chosen],
-        writer: &PointWriter,
-    ) -> Outcome<Vec<Option<BitmapName>>> {
+    /// The bitmap that a disk gets; none where none can record, and in a dry run.
+    fn bitmap(&self, disk: &SeenDisk, writer: Option<&PointWriter>) -> Outcome<Option<BitmapName>> {
+        let Some(writer) = writer.filter(|_| disk.records) else { return Ok(None) };
         let part = |text: String| NamePart::new(text).map_err(|e| Failure::failed(self.tried(), e));
-        chosen
-            .iter()
-            .map(|disk| {
-                if self.request.dry_run || !disk.seen.records {
-                    return Ok(None);
-                }
-                Ok(Some(BitmapName {
-                    repository: part(self.repository.id().to_string())?,
-                    chain: part(writer.chain().to_string())?,
-                    point: part(writer.id().to_string())?,
-                    disk: part(disk.seen.id.to_string())?,
-                }))
-            })
-            .collect()
+        Ok(Some(BitmapName {
+            repository: part(self.repository.id().to_string())?,
+            chain: part(writer.chain().to_string())?,
+            point: part(writer.id().to_string())?,
+            disk: part(disk.id.to_string())?,
+        }))
     }
 
     async fn capture_and_read(
         &mut self,
         chosen: &[Chosen],
         tasks: &[Task],
-        writer: &PointWriter,
+        writer: Option<&PointWriter>,
     ) -> Outcome<(Taken, Vec<disk::DiskResult>)> {
         let taken = self.capture.take(tasks).await?;
         self.job.set_status(self.context, JobStatus::Captured)?;
@@ -236,12 +239,14 @@ impl<C: Capture> Backup<'_, C> {
     }
 
     /// Ends a run that failed before its commit.
-    async fn give_up(&mut self, writer: PointWriter, failure: Failure) -> Failure {
+    async fn give_up(&mut self, writer: Option<PointWriter>, failure: Failure) -> Failure {
         // The first failure is the one to report; what follows is said in the log.
         if let Err(also) = self.capture.settle(Fate::NotCommitted).await {
             tracing::warn!("while cleaning up: {also}");
         }
-        writer.abort();
+        if let Some(writer) = writer {
+            writer.abort();
+        }
         failure
     }
 
@@ -262,12 +267,7 @@ impl<C: Capture> Backup<'_, C> {
         }
     }
 
-    async fn commit(
-        &mut self,
-        writer: PointWriter,
-        meta: PointMeta,
-        chain: String,
-    ) -> Outcome<Point> {
+    async fn commit(&mut self, writer: PointWriter, meta: PointMeta) -> Outcome<Point> {
         let committed = tokio::task::spawn_blocking(move || writer.commit(meta)).await;
         let committed = committed.map_err(|e| Failure::failed(self.tried(), e))?;
         let (fate, outcome) = match committed {
@@ -275,7 +275,6 @@ impl<C: Capture> Backup<'_, C> {
             Err(e @ RepositoryError::CommitUnknown { .. }) => (Fate::Unknown, Err(e)),
             Err(e) => (Fate::NotCommitted, Err(e)),
         };
-        self.job.record.chain = Some(chain);
         let settled = self.capture.settle(fate).await;
         let point = outcome.map_err(|e| Failure::from_repository(self.tried(), e))?;
         if let Err(failure) = settled {
@@ -302,11 +301,7 @@ pub fn granularity(repository: &Repository) -> Granularity {
     Granularity::new(block).unwrap_or(Granularity::DEFAULT)
 }
 
-fn fallback_refused(
-    tried: String,
-    disk: &DiskId,
-    doubt: icecore_qmp::bitmap::Doubt,
-) -> Failure {
+fn fallback_refused(tried: String, disk: &DiskId, doubt: icecore_qmp::bitmap::Doubt) -> Failure {
     let why = format!("disk {disk} would be read whole ({}): {doubt}", doubt.name());
     Failure::failed(tried, why).next("allow it with --on-fallback run")
 }

@@ -66,8 +66,7 @@ pub fn decide(level: Level, disk: &SeenDisk, parent: Option<&Point>) -> Decision
         ParentState::Found(parent) => disk.identity_beside(&parent.identity),
         _ => &disk.identity,
     };
-    let observed =
-        Observation { bitmaps: &disk.bitmaps, size_bytes: disk.size_bytes, identity };
+    let observed = Observation { bitmaps: &disk.bitmaps, size_bytes: disk.size_bytes, identity };
     let judged = verdict(&expected, observed);
     let ParentState::Found(found) = expected.parent else {
         let doubt = match (judged, level) {
@@ -81,7 +80,8 @@ pub fn decide(level: Level, disk: &SeenDisk, parent: Option<&Point>) -> Decision
     match judged {
         Verdict::Whole(doubt) => Decision { parent, base: None, doubt: Some(doubt) },
         Verdict::Incremental { bitmap, .. } => {
-            let base = Base { bitmap, granularity: found.granularity, size_bytes: found.size_bytes };
+            let base =
+                Base { bitmap, granularity: found.granularity, size_bytes: found.size_bytes };
             Decision { parent, base: Some(base), doubt: None }
         }
     }

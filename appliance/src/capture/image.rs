@@ -115,7 +115,14 @@ impl ImageCapture {
         let tried = self.tried.clone();
         let image = self.image(at);
         let name = bitmap.to_string();
-        image::add_bitmap(&image.named.path, &name, granularity.bytes(), image.info.size_bytes, &dir, &tried)?;
+        image::add_bitmap(
+            &image.named.path,
+            &name,
+            granularity.bytes(),
+            image.info.size_bytes,
+            &dir,
+            &tried,
+        )?;
         image.added = Some(bitmap);
         Ok(())
     }
@@ -273,4 +280,3 @@ fn stamp(path: &Path) -> std::io::Result<Stamp> {
         modified: (meta.mtime(), meta.mtime_nsec()),
     })
 }
-

@@ -9,6 +9,7 @@ pub mod image;
 pub mod qmp;
 pub mod scratch;
 pub mod spool;
+pub mod trim;
 pub mod trust;
 
 use std::ops::Range;

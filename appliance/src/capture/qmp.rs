@@ -187,7 +187,7 @@ impl QmpCapture {
             form: self.form(task),
             base: task.base.as_ref().map(guardian_base),
         });
-        let expose = Expose { disks: disks.collect(), trim: false };
+        let expose = Expose { disks: disks.collect(), trim: true };
         self.pulse = Some(start_pulse(&self.guardian, Arc::clone(&self.settings.pulse)));
         let exposed = self.guardian.expose(expose).await.map_err(|e| self.failed(e))?;
         self.exposed = Some(exposed);
@@ -247,7 +247,9 @@ impl QmpCapture {
         self.guardian.push(push.clone()).await.map_err(|e| self.failed(e))?;
         self.wait_for_push(push.disk).await?;
         listening.stop().await;
-        if base.is_none() && let Some(missing) = spool.missing(0, disk.size_bytes) {
+        if base.is_none()
+            && let Some(missing) = spool.missing(0, disk.size_bytes)
+        {
             let why = format!("QEMU says that it pushed everything, but not the byte at {missing}");
             return Err(Failure::failed(tried, why));
         }
@@ -280,6 +282,9 @@ impl QmpCapture {
         let none_frozen = || "the agent found no filesystem to freeze".to_owned();
         let why = match (level, &report.why_not_frozen) {
             (ConsistencyLevel::Filesystem, _) => None,
+            _ if self.settings.freeze == Freeze::No => {
+                Some("no freeze was asked for, or no guest agent was named".into())
+            }
             (_, Some(why)) => Some(why.clone()),
             (_, None) => Some(none_frozen()),
         };
@@ -300,7 +305,9 @@ impl Capture for QmpCapture {
 
     fn unprotected(&self) -> Vec<Unprotected> {
         let unseen = self.inventory.unprotected.iter();
-        unseen.map(|device| Unprotected { disk: device.id.clone(), why: device.why.clone() }).collect()
+        unseen
+            .map(|device| Unprotected { disk: device.id.clone(), why: device.why.clone() })
+            .collect()
     }
 
     fn capsule(&self) -> serde_json::Value {
@@ -354,7 +361,8 @@ impl Capture for QmpCapture {
             scratch.keep();
         }
         let why = format!("left in QEMU: {}", released.left.join("; "));
-        Err(Failure::failed(&self.settings.tried, why).next("repair with 'icecore doctor --repair'"))
+        Err(Failure::failed(&self.settings.tried, why)
+            .next("repair with 'icecore doctor --repair'"))
     }
 
     async fn settle(&mut self, fate: Fate) -> Outcome<()> {
@@ -362,7 +370,9 @@ impl Capture for QmpCapture {
         if fate != Fate::Committed {
             // After a failure the graph may still be in; the guardian takes it out.
             let aborted = self.guardian.abort().await.map_err(|e| self.failed(e))?;
-            if !aborted.left.is_empty() && let Some(scratch) = &mut self.scratch {
+            if !aborted.left.is_empty()
+                && let Some(scratch) = &mut self.scratch
+            {
                 scratch.keep();
             }
         }

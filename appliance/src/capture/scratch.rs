@@ -82,7 +82,13 @@ impl ScratchDir {
         sizes.iter().enumerate().map(make).collect()
     }
 
-    fn file(&self, number: usize, size: u64, share: u64, limit: Option<u64>) -> Outcome<ScratchFile> {
+    fn file(
+        &self,
+        number: usize,
+        size: u64,
+        share: u64,
+        limit: Option<u64>,
+    ) -> Outcome<ScratchFile> {
         let path = self.path.join(format!("disk{number}.qcow2"));
         let tried = format!("make the scratch image {}", path.display());
         let cap_bytes = cap(size, share, limit);
@@ -118,7 +124,9 @@ impl ScratchDir {
 
 impl Drop for ScratchDir {
     fn drop(&mut self) {
-        if !self.kept && let Err(e) = std::fs::remove_dir_all(&self.path) {
+        if !self.kept
+            && let Err(e) = std::fs::remove_dir_all(&self.path)
+        {
             tracing::warn!(path = %self.path.display(), "scratch directory not removed: {e}");
         }
     }

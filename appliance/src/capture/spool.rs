@@ -184,8 +184,7 @@ impl Export for Spool {
 
     fn write_zeroes(&self, offset: u64, length: u64, _mode: ZeroMode) -> Result<(), Errno> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        rustix::fs::fallocate(&self.file, flags, offset, length)
-            .map_err(|e| failed(&e.into()))?;
+        rustix::fs::fallocate(&self.file, flags, offset, length).map_err(|e| failed(&e.into()))?;
         self.note(&mut self.received(), offset, length, Cover::Zero);
         Ok(())
     }

@@ -116,7 +116,8 @@ async fn holes_contradict(
         let mut zeroes = Vec::new();
         let asked = control.changed(stretch, None, Some(allocation), |extent| {
             if extent.kind == ChangedKind::Zero {
-                zeroes.push((extent.offset.div_ceil(block), (extent.offset + extent.length) / block));
+                zeroes
+                    .push((extent.offset.div_ceil(block), (extent.offset + extent.length) / block));
             }
             Flow::Continue(())
         });

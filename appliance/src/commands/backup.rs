@@ -29,12 +29,17 @@ pub async fn run(context: &Context, args: BackupArgs) -> Outcome<u8> {
     let request = request(&vm, &args, &tried)?;
     let interrupt = Interrupt::listen()?;
     let repository = context.open(&args.repo.repo)?;
-    let mut job =
-        Job::begin(context, JobKind::Backup, &args.repo.repo, &vm.lock_keys(), &tried)?;
+    let mut job = Job::begin(context, JobKind::Backup, &args.repo.repo, &vm.lock_keys(), &tried)?;
     recovery::recover_all(context).await;
     fill_record(&mut job, &vm, &request, &repository);
     job.save(context)?;
-    let run = Run { context, repository: &repository, request: &request, interrupt: &interrupt, tried: &tried };
+    let run = Run {
+        context,
+        repository: &repository,
+        request: &request,
+        interrupt: &interrupt,
+        tried: &tried,
+    };
     let outcome = match &vm.reach {
         Reach::Qmp { qmp, qga } => run.live(&mut job, qmp, qga.as_deref(), &args).await,
         Reach::Images(images) => run.images(&mut job, images.clone()).await,
@@ -67,7 +72,8 @@ impl Run<'_> {
         };
         job.record.qmp = Some(absolute(qmp, self.tried)?);
         job.record.qga = qga.map(|path| absolute(path, self.tried)).transpose()?;
-        job.record.scratch = Some(absolute(&base, self.tried)?.join(format!("icecore-{}", job.id().run())));
+        job.record.scratch =
+            Some(absolute(&base, self.tried)?.join(format!("icecore-{}", job.id().run())));
         job.save(self.context)?;
         let guardian =
             target::guard(self.context, qmp, qga.map(ToOwned::to_owned), self.tried).await?;
@@ -182,7 +188,8 @@ fn print(context: &Context, report: &BackupReport) -> Outcome<()> {
         text += &format!("not frozen: {}\n", output::printable(why));
     }
     output::print(&text)?;
-    let mut table = Rows::new(&["disk", "mode", "reason", "size", "dirty", "read", "new", "stored"]);
+    let mut table =
+        Rows::new(&["disk", "mode", "reason", "size", "dirty", "read", "new", "stored"]);
     for disk in &report.disks {
         table.add(vec![
             disk.disk.clone(),

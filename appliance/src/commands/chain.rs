@@ -36,8 +36,7 @@ pub fn run(context: &Context, command: ChainCommand) -> Outcome<u8> {
 
 fn list(context: &Context, vm: Option<&str>, repo: &str) -> Outcome<u8> {
     let repository = context.open_read_only(repo)?;
-    let points =
-        repository.points().map_err(|e| Failure::from_repository("list chains", e))?;
+    let points = repository.points().map_err(|e| Failure::from_repository("list chains", e))?;
     let mut chains: BTreeMap<String, Vec<&Point>> = BTreeMap::new();
     for point in points.iter().filter(|p| vm.is_none_or(|vm| p.vm.as_str() == vm)) {
         chains.entry(point.chain.to_string()).or_default().push(point);
@@ -75,7 +74,6 @@ fn delete(context: &Context, chain: &str, repo: &str) -> Outcome<u8> {
     let tried = format!("delete chain {chain}");
     let id: ChainId = chain.parse().map_err(|e| Failure::usage(&tried, e))?;
     let repository = context.open(repo)?;
-    let deleted =
-        repository.delete_chain(&id).map_err(|e| Failure::from_repository(&tried, e))?;
+    let deleted = repository.delete_chain(&id).map_err(|e| Failure::from_repository(&tried, e))?;
     report_deleted(context, &deleted)
 }

@@ -41,8 +41,8 @@ pub fn run(context: &Context, args: DiffArgs) -> Outcome<u8> {
     let repository = context.open_read_only(&args.repo.repo)?;
     let from = find(&repository, &args.from, args.vm.as_deref(), &tried)?;
     let to = find(&repository, &args.to, args.vm.as_deref(), &tried)?;
-    let disks = compare(&repository, &from, &to)
-        .map_err(|e| Failure::from_repository(&tried, e))?;
+    let disks =
+        compare(&repository, &from, &to).map_err(|e| Failure::from_repository(&tried, e))?;
     let report = DiffReport { from: from.id.to_string(), to: to.id.to_string(), disks };
     if context.json {
         output::json(&report)?;
@@ -87,13 +87,21 @@ fn compare(
         });
     }
     let gone = from.disks.iter().filter(|held| to.disk(&held.disk).is_none());
-    disks.extend(gone.map(|held| alone(held.disk.to_string(), "from", Some(held.size_bytes), None)));
+    disks
+        .extend(gone.map(|held| alone(held.disk.to_string(), "from", Some(held.size_bytes), None)));
     Ok(disks)
 }
 
 fn alone(disk: String, held_by: &'static str, from: Option<u64>, to: Option<u64>) -> DiskDiff {
     let (from_size_bytes, to_size_bytes) = (from, to);
-    DiskDiff { disk, held_by, from_size_bytes, to_size_bytes, changed_bytes: 0, extents: Vec::new() }
+    DiskDiff {
+        disk,
+        held_by,
+        from_size_bytes,
+        to_size_bytes,
+        changed_bytes: 0,
+        extents: Vec::new(),
+    }
 }
 
 fn add(extents: &mut Vec<Extent>, offset: u64, block: u64, size: u64) {

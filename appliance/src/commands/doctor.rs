@@ -77,7 +77,8 @@ async fn dead_runs(context: &Context, repair: bool) -> Vec<Finding> {
     recovered
         .map(|run| {
             let gone = run.left.is_empty();
-            let detail = if gone { run.what } else { format!("{}: {}", run.what, run.left.join("; ")) };
+            let detail =
+                if gone { run.what } else { format!("{}: {}", run.what, run.left.join("; ")) };
             finding(run.job, detail, gone)
         })
         .collect()
@@ -144,10 +145,9 @@ fn orphans(
     for bitmap in seen.inventory.disks.iter().flat_map(|disk| &disk.bitmaps) {
         let Owner::ThisRepository(name) = Owner::of(&bitmap.name, &own) else { continue };
         let gone = match name.point.as_str().parse::<PointId>() {
-            Ok(id) => matches!(
-                repository.point(&id),
-                Err(icecore_repository::Error::NotFound { .. })
-            ),
+            Ok(id) => {
+                matches!(repository.point(&id), Err(icecore_repository::Error::NotFound { .. }))
+            }
             Err(_) => true,
         };
         if gone {

@@ -27,9 +27,8 @@ pub async fn run(context: &Context, args: ExportArgs) -> Outcome<u8> {
     let repository = context.open_read_only(&args.repo.repo)?;
     let point = find(&repository, &args.point, args.vm.as_deref(), &tried)?;
     let disk: DiskId = args.disk.parse().map_err(|e| Failure::usage(&tried, e))?;
-    let reader = repository
-        .disk_reader(&point, &disk)
-        .map_err(|e| Failure::from_repository(&tried, e))?;
+    let reader =
+        repository.disk_reader(&point, &disk).map_err(|e| Failure::from_repository(&tried, e))?;
     let overlay = match &args.overlay {
         None => None,
         Some(path) => {

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use clap::CommandFactory as _;
 
-use crate::cli::args::{Cli, CompletionsArgs};
 use crate::cli::OK;
+use crate::cli::args::{Cli, CompletionsArgs};
 use crate::failure::{Failure, Outcome};
 use crate::output;
 

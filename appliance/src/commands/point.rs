@@ -80,8 +80,8 @@ fn show(context: &Context, args: &PointArgs) -> Outcome<u8> {
         Ok(point) => point,
         Err(failure) => return show_uncommitted(context, &args.point, failure),
     };
-    let detail = points::detail(&repository, &point)
-        .map_err(|e| Failure::from_repository(&tried, e))?;
+    let detail =
+        points::detail(&repository, &point).map_err(|e| Failure::from_repository(&tried, e))?;
     // A point has more to say than fits a table; JSON is its best print, for people too.
     output::json(&detail)?;
     Ok(OK)
@@ -89,7 +89,8 @@ fn show(context: &Context, args: &PointArgs) -> Outcome<u8> {
 
 /// A point that was never committed is shown from its job record.
 fn show_uncommitted(context: &Context, spec: &str, not_found: Failure) -> Outcome<u8> {
-    match points::uncommitted(context, None).into_iter().find(|r| r.point.as_deref() == Some(spec)) {
+    match points::uncommitted(context, None).into_iter().find(|r| r.point.as_deref() == Some(spec))
+    {
         Some(row) => output::json(&row).map(|()| OK),
         None => Err(not_found),
     }

@@ -24,8 +24,8 @@ fn init(context: &Context, args: &RepoInitArgs) -> Outcome<u8> {
         compression: compression(&args.compression).map_err(|e| Failure::usage(&tried, e))?,
     };
     let path = context.repository_path(&args.repo)?;
-    let repository = Repository::init(&path, options)
-        .map_err(|e| Failure::from_repository(tried, e))?;
+    let repository =
+        Repository::init(&path, options).map_err(|e| Failure::from_repository(tried, e))?;
     describe(context, &repository, &args.repo)
 }
 
@@ -80,9 +80,9 @@ fn compression(text: &str) -> Result<Compression, String> {
 pub fn catalog(context: &Context, command: CatalogCommand) -> Outcome<u8> {
     let CatalogCommand::Rebuild { repo } = command;
     let repository = context.open(&repo.repo)?;
-    let points = repository
-        .rebuild_catalog()
-        .map_err(|e| Failure::from_repository(format!("rebuild the catalog of {}", repo.repo), e))?;
+    let points = repository.rebuild_catalog().map_err(|e| {
+        Failure::from_repository(format!("rebuild the catalog of {}", repo.repo), e)
+    })?;
     if context.json {
         output::json(&serde_json::json!({ "points": points }))?;
     } else {

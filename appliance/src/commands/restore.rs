@@ -60,12 +60,15 @@ pub async fn run(context: &Context, args: RestoreArgs) -> Outcome<u8> {
     let outcome = all(&mut restore, &disks, &targets, &tried).await;
     let id = job.id().to_string();
     let restored = job.end(context, outcome)?;
-    print(context, RestoreReport {
-        point: point.id.to_string(),
-        vm: point.vm.to_string(),
-        job: id,
-        disks: restored,
-    })?;
+    print(
+        context,
+        RestoreReport {
+            point: point.id.to_string(),
+            vm: point.vm.to_string(),
+            job: id,
+            disks: restored,
+        },
+    )?;
     Ok(OK)
 }
 

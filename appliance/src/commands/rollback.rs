@@ -45,15 +45,23 @@ pub async fn run(context: &Context, args: RollbackArgs) -> Outcome<u8> {
     let interrupt = Interrupt::listen()?;
     let repository = context.open(&args.repo.repo)?;
     let point = find(&repository, &args.to, Some(vm.name.as_str()), &tried)?;
-    let mut job =
-        Job::begin(context, JobKind::Rollback, &args.repo.repo, &vm.lock_keys(), &tried)?;
+    let mut job = Job::begin(context, JobKind::Rollback, &args.repo.repo, &vm.lock_keys(), &tried)?;
     recovery::recover_all(context).await;
     job.record.vm = Some(vm.name.to_string());
     job.record.repository_id = Some(repository.id().to_string());
     job.record.point = Some(point.id.to_string());
     job.save(context)?;
-    let outcome =
-        dispatch(context, &repository, &point, &request, &mut job, &interrupt, (&vm, &args), &tried).await;
+    let outcome = dispatch(
+        context,
+        &repository,
+        &point,
+        &request,
+        &mut job,
+        &interrupt,
+        (&vm, &args),
+        &tried,
+    )
+    .await;
     let id = job.id().to_string();
     let done = job.end(context, outcome)?;
     let seconds = started.elapsed().as_secs_f64();
@@ -162,7 +170,8 @@ fn print(context: &Context, report: RollbackReport) -> Outcome<()> {
         return output::json(&report);
     }
     let verb = if report.dry_run { "would roll" } else { "rolled" };
-    let mut text = format!("{verb} {} back to {} in {:.1} s", report.vm, report.point, report.seconds);
+    let mut text =
+        format!("{verb} {} back to {} in {:.1} s", report.vm, report.point, report.seconds);
     if let Some(safety) = &report.done.safety_point {
         text += &format!("; what was there is point {safety}");
     }

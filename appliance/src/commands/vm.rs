@@ -16,8 +16,8 @@ use crate::image;
 use crate::names::human_bytes;
 use crate::output::{self, Rows, when};
 use crate::recovery;
-use crate::state::locks::Lock;
 use crate::state::JobId;
+use crate::state::locks::Lock;
 use crate::target::{self, Reach, Vm};
 
 /// Runs `icecore vm …`.
@@ -55,7 +55,8 @@ fn list(context: &Context, repo: Option<&str>) -> Outcome<u8> {
     for point in &points {
         of_vm.entry(point.vm.to_string()).or_default().push(point);
     }
-    let rows: Vec<VmRow> = of_vm.into_iter().map(|(vm, points)| row(context, vm, &points)).collect();
+    let rows: Vec<VmRow> =
+        of_vm.into_iter().map(|(vm, points)| row(context, vm, &points)).collect();
     if context.json {
         output::json(&rows)?;
         return Ok(OK);
@@ -149,7 +150,10 @@ async fn show(context: &Context, args: &VmArgs, repo: Option<&str>) -> Outcome<u
             row,
             running: false,
             qemu_version: None,
-            disks: images.iter().map(|image| disk_of_image(image, &tried)).collect::<Outcome<_>>()?,
+            disks: images
+                .iter()
+                .map(|image| disk_of_image(image, &tried))
+                .collect::<Outcome<_>>()?,
             unprotected: Vec::new(),
             leftovers: Vec::new(),
         },
@@ -165,9 +169,7 @@ fn row_of(
     tried: &str,
 ) -> Outcome<VmRow> {
     let points = match repository {
-        Some(repository) => {
-            repository.points().map_err(|e| Failure::from_repository(tried, e))?
-        }
+        Some(repository) => repository.points().map_err(|e| Failure::from_repository(tried, e))?,
         None => Vec::new(),
     };
     let of_vm: Vec<&Point> = points.iter().filter(|point| &point.vm == vm).collect();
@@ -210,7 +212,12 @@ fn disk_of_image(named: &crate::capture::image::Named, tried: &str) -> Outcome<D
     })
 }
 
-fn bitmap(name: &str, granularity: u64, dirty_bytes: Option<u64>, health: &'static str) -> BitmapDetail {
+fn bitmap(
+    name: &str,
+    granularity: u64,
+    dirty_bytes: Option<u64>,
+    health: &'static str,
+) -> BitmapDetail {
     let ours = name.parse::<BitmapName>().ok();
     BitmapDetail {
         name: name.to_owned(),
@@ -317,4 +324,3 @@ fn release_images(images: &[crate::capture::image::Named], tried: &str) -> Outco
 fn is_ours(name: &str) -> bool {
     name.parse::<BitmapName>().is_ok()
 }
-

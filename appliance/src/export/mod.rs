@@ -5,10 +5,10 @@ mod overlay;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use icecore_nbd_client::Errno;
 use icecore_nbd_client::extents::Extent;
 use icecore_nbd_client::proto::{STATE_HOLE, STATE_ZERO};
 use icecore_nbd_client::server::{Access, Export, Features, ZeroMode};
-use icecore_nbd_client::Errno;
 use icecore_repository::{BlockDecoder, BlockIndex, DiskReader, Entry, Error};
 
 pub use overlay::{Label, Overlay};
@@ -121,8 +121,7 @@ impl PointExport {
 
 impl Export for PointExport {
     fn features(&self) -> Features {
-        let access =
-            if self.overlay.is_some() { Access::Writable } else { Access::ReadOnly };
+        let access = if self.overlay.is_some() { Access::Writable } else { Access::ReadOnly };
         Features {
             description: self.description.clone(),
             ..Features::new(self.reader.size_bytes(), access)
@@ -140,7 +139,8 @@ impl Export for PointExport {
             self.read_blocks(start, &mut blocks)?;
             let upto = end.min(start + blocks.len() as u64);
             let (from, to) = ((at - offset) as usize, (upto - offset) as usize);
-            buffer[from..to].copy_from_slice(&blocks[(at - start) as usize..(upto - start) as usize]);
+            buffer[from..to]
+                .copy_from_slice(&blocks[(at - start) as usize..(upto - start) as usize]);
             at = upto;
         }
         Ok(())

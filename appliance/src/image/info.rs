@@ -66,8 +66,9 @@ struct Qcow2Data {
 pub fn info(path: &Path, format: Format) -> Outcome<ImageInfo> {
     let tried = format!("look at the image {}", path.display());
     let output = qemu_img(&["info", "-U", "--output=json", "-f", format.name()], path, &tried)?;
-    let raw: RawInfo = serde_json::from_slice(&output.stdout)
-        .map_err(|e| Failure::failed(&tried, format!("qemu-img's answer is not understood: {e}")))?;
+    let raw: RawInfo = serde_json::from_slice(&output.stdout).map_err(|e| {
+        Failure::failed(&tried, format!("qemu-img's answer is not understood: {e}"))
+    })?;
     let data = match (format, raw.format_specific) {
         (Format::Qcow2, Some(specific)) => specific.data,
         _ => Qcow2Data::default(),

@@ -100,7 +100,13 @@ impl Drop for StorageDaemon {
     }
 }
 
-fn spawn(image: &Path, format: Format, served: &Served, socket: &Path, tried: &str) -> Outcome<Child> {
+fn spawn(
+    image: &Path,
+    format: Format,
+    served: &Served,
+    socket: &Path,
+    tried: &str,
+) -> Outcome<Child> {
     let read_only = matches!(served, Served::Shared { .. });
     let node = json!({
         "driver": format.name(), "node-name": "image", "read-only": read_only,

@@ -133,8 +133,7 @@ impl Restore<'_> {
     ) -> Outcome<RestoreStats> {
         image::create_qcow2(partial, reader.size_bytes(), tried)?;
         let dir = self.context.state.dir("run")?;
-        let daemon =
-            StorageDaemon::start(partial, Format::Qcow2, &Served::Exclusive, &dir)?;
+        let daemon = StorageDaemon::start(partial, Format::Qcow2, &Served::Exclusive, &dir)?;
         let uri = nbd::unix_uri(daemon.socket(), daemon.export());
         let lanes = nbd::lanes(&uri, tried).await?;
         let stats = self.run(reader, lanes, TargetState::Blank, tried).await?;
@@ -195,7 +194,8 @@ impl Restore<'_> {
             LaneSet::new(lanes, self.context.engine).map_err(|e| Failure::failed(tried, e))?;
         let options = data::options(self.context, &self.interrupt.flag());
         let meter = Meter::new(reader.size_bytes(), options.control.progress.clone());
-        let _shown = Progress::show(format!("restoring {}", self.point.vm), meter, self.context.quiet);
+        let _shown =
+            Progress::show(format!("restoring {}", self.point.vm), meter, self.context.quiet);
         let (hasher, verify) = (self.repository.hasher(), self.verify);
         data::blocking(move || {
             icecore_io_engine::restore(&reader, hasher, &mut set, state, None, verify, &options)
@@ -228,7 +228,9 @@ fn require_room(room: u64, wanted: u64, tried: &str) -> Outcome<()> {
 fn note_wipe(tried: &str, wiped: Result<(), String>) {
     match wiped {
         Ok(()) => eprintln!("icecore: {tried}: the target's beginning was wiped: do not use it"),
-        Err(why) => eprintln!("icecore: {tried}: the target is incomplete and could not be wiped: {why}"),
+        Err(why) => {
+            eprintln!("icecore: {tried}: the target is incomplete and could not be wiped: {why}")
+        }
     }
 }
 

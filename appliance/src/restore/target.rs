@@ -86,12 +86,7 @@ fn in_directory(wish: &Wish<'_>, dir: &Path, disk: &str, tried: &str) -> Outcome
     file(path, format, there.as_ref(), wish.force, tried)
 }
 
-fn single(
-    wish: &Wish<'_>,
-    path: &Path,
-    there: Option<&Metadata>,
-    tried: &str,
-) -> Outcome<Target> {
+fn single(wish: &Wish<'_>, path: &Path, there: Option<&Metadata>, tried: &str) -> Outcome<Target> {
     if there.is_some_and(|meta| meta.file_type().is_block_device()) {
         if wish.format == Some(Format::Qcow2) {
             return Err(Failure::usage(tried, "a block device is written raw, not as qcow2"));
@@ -122,7 +117,11 @@ fn file(
             return Err(Failure::refused(tried, format!("{} exists", path.display()))
                 .next("choose another name, or replace it with --force"));
         }
-        Some(_) => crate::image::require_unlocked(&path, crate::image::of_file(&path).unwrap_or(Format::Raw), tried)?,
+        Some(_) => crate::image::require_unlocked(
+            &path,
+            crate::image::of_file(&path).unwrap_or(Format::Raw),
+            tried,
+        )?,
     }
     Ok(Target::File { path, format })
 }

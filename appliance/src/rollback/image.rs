@@ -103,7 +103,8 @@ impl Rollback<'_> {
         let uri = nbd::unix_uri(daemon.socket(), daemon.export());
         let mut control = nbd::control(&uri, Some(&name), self.tried).await?;
         let block = u64::from(self.repository.block_size().bytes());
-        ranges::dirty(&mut control, &name, &known.base, disk.seen.size_bytes, block, self.tried).await
+        ranges::dirty(&mut control, &name, &known.base, disk.seen.size_bytes, block, self.tried)
+            .await
     }
 
     /// What a dry run says of a disk.
@@ -122,4 +123,3 @@ impl Rollback<'_> {
         }
     }
 }
-

@@ -31,7 +31,11 @@ pub struct Live {
 
 impl Rollback<'_> {
     /// Rolls the VM behind the guardian back.
-    pub async fn live(&mut self, live: Live, safety: crate::backup::Request) -> Outcome<RolledBack> {
+    pub async fn live(
+        &mut self,
+        live: Live,
+        safety: crate::backup::Request,
+    ) -> Outcome<RolledBack> {
         let Live { guardian, run, scratch, user, freeze, settings } = live;
         let log = IntentLog::create(&self.context.state, self.job.id())?;
         let mut capture = QmpCapture::open(guardian.clone(), settings, log).await?;

@@ -90,9 +90,7 @@ impl Rollback<'_> {
                 return Err(Failure::usage(self.tried, why));
             }
         }
-        let wanted = |id: &DiskId| {
-            self.request.disks.is_empty() || self.request.disks.contains(id)
-        };
+        let wanted = |id: &DiskId| self.request.disks.is_empty() || self.request.disks.contains(id);
         let mut chosen = Vec::new();
         for held in self.point.disks.iter().filter(|held| wanted(&held.disk)) {
             let Some(index) = seen.iter().position(|disk| disk.id == held.disk) else {
@@ -173,8 +171,8 @@ impl Rollback<'_> {
 
     async fn compared(&self, wanted: DiskReader, uri: &Uri) -> Outcome<Vec<BlockRange>> {
         let lanes = nbd::lanes(uri, self.tried).await?;
-        let mut set = LaneSet::new(lanes, self.context.engine)
-            .map_err(|e| Failure::failed(self.tried, e))?;
+        let mut set =
+            LaneSet::new(lanes, self.context.engine).map_err(|e| Failure::failed(self.tried, e))?;
         let mut options = crate::data::options(self.context, &self.interrupt.flag());
         options.control.pulse = self.job.pulse();
         let hasher = self.repository.hasher();

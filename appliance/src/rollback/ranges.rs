@@ -87,11 +87,9 @@ pub fn compared(
     let mut first = 0;
     while first < blocks {
         let window = BlockRange { first, count: WINDOW_BLOCKS.min(blocks - first) };
-        let ranges = || -> icecore_io_engine::BlockRanges<'_> {
-            Box::new(std::iter::once(Ok(window)))
-        };
-        let (found, _) =
-            icecore_io_engine::compare_blocks(set, wanted, hasher, &ranges, options)?;
+        let ranges =
+            || -> icecore_io_engine::BlockRanges<'_> { Box::new(std::iter::once(Ok(window))) };
+        let (found, _) = icecore_io_engine::compare_blocks(set, wanted, hasher, &ranges, options)?;
         found.first.iter().for_each(|index| add(&mut differing, index.0, 1));
         first += window.count;
     }

@@ -34,8 +34,8 @@ impl Rollback<'_> {
         let block = u64::from(wanted.block_size().bytes());
         let differing_bytes = ranges::bytes(&blocks, block, wanted.size_bytes());
         let lanes = nbd::lanes(uri, &tried).await?;
-        let mut set = LaneSet::new(lanes, self.context.engine)
-            .map_err(|e| Failure::failed(&tried, e))?;
+        let mut set =
+            LaneSet::new(lanes, self.context.engine).map_err(|e| Failure::failed(&tried, e))?;
         // From the first write on there is only one way: an interrupt is heard when it is done.
         let mut options = data::options(self.context, &Default::default());
         options.control.pulse = self.job.pulse();
@@ -72,8 +72,7 @@ fn differing(
 ) -> Result<u64, EngineError> {
     let ranges = || -> BlockRanges<'_> { Box::new(blocks.iter().copied().map(Ok)) };
     let state = TargetState::Unknown;
-    let stats =
-        restore(wanted, hasher, set, state, Some(&ranges), Verify::ReadBack, options)?;
+    let stats = restore(wanted, hasher, set, state, Some(&ranges), Verify::ReadBack, options)?;
     Ok(stats.written_bytes)
 }
 
@@ -102,9 +101,7 @@ fn prove_some(
     let (differing, _) = compare_blocks(set, wanted, hasher, &ranges, options)?;
     match differing.first.first() {
         None => Ok(()),
-        Some(first) => {
-            Err(EngineError::BlocksDiffer { count: differing.count, first: first.0 })
-        }
+        Some(first) => Err(EngineError::BlocksDiffer { count: differing.count, first: first.0 }),
     }
 }
 

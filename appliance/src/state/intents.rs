@@ -43,7 +43,6 @@ impl IntentLog {
         let written = self.file.write_all(&line).and_then(|()| self.file.sync_data());
         written.map_err(|e| failure("write", &self.path, e))
     }
-
 }
 
 /// The intents of `job`, or `None` where it left no log. A torn last line is an intent whose step
