@@ -315,7 +315,7 @@ fn write_point(host: &mut Host, cache: &mut Cache) -> Result<Option<PointId>> {
     let reusable: Vec<_> =
         cache.packs.iter().copied().filter(|id| present.contains(&id.to_string())).collect();
     let mut packs: Vec<PackId> =
-        reusable.into_iter().filter(|_| host.random.below(3) == 0).collect();
+        reusable.into_iter().filter(|_| host.random.below(2) == 0).collect();
     for _ in 0..1 + host.random.below(2) {
         let pack = PackId(host.random.bytes());
         host.store.put(&names::pack(pack)?, b"blocks")?;
@@ -387,7 +387,7 @@ fn act(actor: usize, mut host: Host, store: &Turned, outcomes: &Mutex<Outcomes>)
     match actor {
         0..3 => {
             let mut cache = Cache::default();
-            for _ in 0..4 {
+            for _ in 0..6 {
                 // Without the object of a revoked or deleted parent the backup just fails.
                 if let Ok(Some(point)) = write_point(&mut host, &mut cache) {
                     outcomes.lock().unwrap().committed.insert(point);
@@ -403,10 +403,10 @@ fn act(actor: usize, mut host: Host, store: &Turned, outcomes: &Mutex<Outcomes>)
             }
         }
         5 => {
-            for _ in 0..8 {
+            for _ in 0..16 {
                 let visible = host.visible()?;
                 let Some((point, _)) = host.pick(visible) else { continue };
-                if host.random.below(4) == 0 {
+                if host.random.below(8) == 0 {
                     if host.coordination.wish(&point, Wish::Protect).is_ok() {
                         outcomes.lock().unwrap().protected.insert(point);
                     }
