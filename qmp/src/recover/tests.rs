@@ -22,6 +22,8 @@ struct Model {
     exports: Vec<String>,
     jobs: Vec<(String, bool)>,
     bitmaps: Vec<(String, String)>,
+    /// Exports and jobs that were told to end, and do so a little later.
+    ending: Vec<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -90,6 +92,7 @@ fn start(state: RunState) -> (Model, Intents) {
             (disk(0), "x".into()),
             (disk(0), "icecore:other:c:p:d0".into()),
         ],
+        ending: Vec::new(),
     };
     let intent = |index: u16| DiskIntent {
         qom_path: device(index.into()),
@@ -203,16 +206,22 @@ impl Model {
         !self.exports.iter().any(ours) && !self.jobs.iter().any(|job| ours(&job.0) && !job.1)
     }
 
+    fn end(&mut self) {
+        let ending = std::mem::take(&mut self.ending);
+        self.exports.retain(|id| !ending.contains(id));
+        self.jobs.retain(|job| !ending.contains(&job.0));
+    }
+
     fn undo(&mut self, effect: &Effect, hang: bool) {
         match effect {
             Effect::DeleteExport(id) => {
                 assert!(id.starts_with(&format!("ic-{RUN}-")), "a foreign export: {id}");
-                self.exports.retain(|export| export != id);
+                self.ending.push(id.clone());
             }
             Effect::Yank(node) => assert!(self.nodes.contains(node), "no such node {node}"),
             Effect::CancelJob(id) | Effect::DismissJob(id) => {
                 assert_ne!(id, "foreign");
-                self.jobs.retain(|job| job.0 != *id);
+                self.ending.push(id.clone());
             }
             Effect::StopServer => {
                 assert_eq!(self.server, Some("ours"));
@@ -325,11 +334,13 @@ fn undo_some(model: &mut Model, intents: &Intents, hang: bool, mut budget: usize
                 assert_ne!(effect, Effect::Cont, "its memory does not know its disks");
             }
             if budget == 0 {
+                model.end();
                 return false;
             }
             budget -= 1;
             model.undo(&effect, hangs);
         }
+        model.end();
     }
     panic!("undoing {intents:?} does not end: {model:?}");
 }
