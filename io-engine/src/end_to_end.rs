@@ -12,6 +12,7 @@ use icecore_repository::{
 };
 use proptest::prelude::*;
 
+use crate::backend::conformance::engines;
 use crate::backend::toy::{Script, ToyDisk};
 use crate::*;
 
@@ -19,13 +20,6 @@ const BLOCK: u64 = 4096;
 
 fn disk() -> DiskId {
     DiskId::new("vda").unwrap()
-}
-
-fn engines() -> Vec<EngineChoice> {
-    match EngineChoice::Uring.resolve() {
-        Ok(_) => vec![EngineChoice::Uring, EngineChoice::Threads],
-        Err(_) => vec![EngineChoice::Threads],
-    }
 }
 
 fn options() -> Options {

@@ -14,7 +14,7 @@ use crate::lane::Lane;
 
 const MIB: usize = 1 << 20;
 
-fn engines() -> Vec<EngineChoice> {
+pub(crate) fn engines() -> Vec<EngineChoice> {
     match EngineChoice::Uring.resolve() {
         Ok(_) => vec![EngineChoice::Uring, EngineChoice::Threads],
         Err(_) => vec![EngineChoice::Threads],

@@ -9,7 +9,7 @@ use crate::error::EngineError;
 /// What the operator asks for (`--io-engine auto|uring|threads`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum EngineChoice {
-    /// io_uring where it works, else threads.
+    /// io_uring for connections where it works, else threads.
     #[default]
     Auto,
     /// io_uring or an error.

@@ -305,6 +305,7 @@ mod tests {
 
     use super::*;
     use crate::backend::EngineChoice;
+    use crate::backend::conformance::engines;
     use crate::lane::Lane;
     use crate::plan::Planner;
 
@@ -314,7 +315,7 @@ mod tests {
         let size = 64u64 << 20;
         let file = tempfile::tempfile().unwrap();
         file.set_len(size).unwrap();
-        for choice in [EngineChoice::Auto, EngineChoice::Threads] {
+        for choice in engines() {
             let lanes = Lane::files(file.try_clone().unwrap(), 2).unwrap();
             let mut set = LaneSet::new(lanes, choice).unwrap();
             let options = Options { workers: 2, ..Options::new(Budget::new(8 << 20), 8 << 20) };
