@@ -11,7 +11,7 @@ use icecore_repository::store::{Access, CallFault, DirectoryStore, SimFileSystem
 use icecore_repository::{
     BlockDecoder, BlockEncoder, BlockIndex, BlockSize, CapsulePart, ChainChoice, Compression,
     DiskSink, DiskStart, DiskWriter, Encoded, Entries, Error, InitOptions, ParentBlock,
-    ParentCursor, Repository,
+    ParentCursor, PointWriter, Repository,
 };
 use support::*;
 
@@ -35,6 +35,7 @@ fn hands_may_go_to_threads() {
     is_send::<ParentCursor>();
     is_send::<DiskSink>();
     is_send::<Entries>();
+    is_send::<PointWriter>();
     is_send::<Repository>();
 }
 
