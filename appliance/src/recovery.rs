@@ -105,7 +105,7 @@ async fn recover_qemu(context: &Context, record: &JobRecord, qmp: &Path) -> Outc
         return Ok(Vec::new());
     }
     // A guardian that is still undoing the run ends first.
-    let lock = Lock::wait_for_guardian(&context.state, &LockKey::guardian(qmp), &tried)?;
+    let lock = Lock::wait_for_guardian(&context.state, &LockKey::guardian(qmp), &tried).await?;
     let guardian = guardian_process::start(vec![lock], &tried)?;
     guardian.connect(qmp.to_owned(), record.qga.clone()).await.map_err(|e| failure(&tried, e))?;
     let commit = commit_state(context, record);

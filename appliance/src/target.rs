@@ -90,7 +90,7 @@ pub async fn guard(
     qga: Option<PathBuf>,
     tried: &str,
 ) -> Outcome<icecore_qmp::guardian::GuardianClient> {
-    let lock = Lock::wait_for_guardian(&context.state, &LockKey::guardian(qmp), tried)?;
+    let lock = Lock::wait_for_guardian(&context.state, &LockKey::guardian(qmp), tried).await?;
     let guardian = guardian_process::start(vec![lock], tried)?;
     let connected = guardian.connect(qmp.to_owned(), qga).await;
     connected.map_err(|e| crate::capture::qmp::failure(tried, e))?;

@@ -175,6 +175,8 @@ impl Restore<'_> {
         if control.export().read_only() {
             return Err(Failure::refused(tried, "the export is read-only"));
         }
+        // A server may take one client at a time.
+        control.disconnect().await.map_err(|e| Failure::failed(tried, e))?;
         let lanes = nbd::lanes(&uri, tried).await?;
         let result = self.run(reader, lanes, TargetState::Unknown, tried).await;
         if result.is_err() {

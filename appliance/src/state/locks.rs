@@ -69,15 +69,16 @@ impl Lock {
         }
     }
 
-    /// Takes the lock, waiting for a guardian that is still undoing an earlier run.
-    pub fn wait_for_guardian(state: &State, key: &LockKey, tried: &str) -> Outcome<Self> {
+    /// Takes the lock, waiting for a guardian that is still undoing an earlier run. It may be one
+    /// that this process has just let go of, so its connection has to be served meanwhile.
+    pub async fn wait_for_guardian(state: &State, key: &LockKey, tried: &str) -> Outcome<Self> {
         let file = open(state, key, tried)?;
         let started = Instant::now();
         loop {
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => return Ok(Self { file }),
                 Err(rustix::io::Errno::WOULDBLOCK) if started.elapsed() < GUARDIAN_WAIT_MAX => {
-                    std::thread::sleep(RETRY_INTERVAL);
+                    tokio::time::sleep(RETRY_INTERVAL).await;
                 }
                 Err(rustix::io::Errno::WOULDBLOCK) => {
                     return Err(Failure::refused(
