@@ -6,7 +6,7 @@ use std::path::Path;
 use icecore_qmp::bitmap::{NamePart, Owner};
 use icecore_qmp::guardian::GuardianClient;
 use icecore_qmp::recover::{CommitState, Intents, RollbackIntent};
-use icecore_repository::{Error as RepositoryError, PointId};
+use icecore_repository::PointId;
 use jiff::Timestamp;
 
 use crate::capture::qmp::failure;
@@ -125,12 +125,12 @@ fn commit_state(context: &Context, record: &JobRecord) -> CommitState {
     let Some(point) = record.point.as_ref().and_then(|id| id.parse::<PointId>().ok()) else {
         return CommitState::NotCommitted;
     };
-    let Ok(repository) = context.open_read_only(&record.repository) else {
+    let Ok(repository) = context.open(&record.repository) else {
         return CommitState::Unknown;
     };
-    match repository.point(&point) {
-        Ok(_) => CommitState::Committed,
-        Err(RepositoryError::NotFound { .. }) => CommitState::NotCommitted,
+    match repository.confirm_point(&point) {
+        Ok(Some(_)) => CommitState::Committed,
+        Ok(None) => CommitState::NotCommitted,
         Err(_) => CommitState::Unknown,
     }
 }

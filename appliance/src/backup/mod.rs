@@ -96,7 +96,11 @@ impl<C: Capture> Backup<'_, C> {
         let mut chosen = Vec::with_capacity(picked.len());
         for (index, seen) in picked {
             let parent = self.parent(chain, &seen)?;
-            let decision = decide(self.request.level, &seen, parent.as_ref());
+            let damaged = match &parent {
+                Some(point) => self.is_damaged(point, &seen)?,
+                None => false,
+            };
+            let decision = decide(self.request.level, &seen, parent.as_ref(), damaged);
             chosen.push(Chosen { index, seen, decision });
         }
         self.require_no_fallback(&chosen)?;
@@ -192,6 +196,15 @@ impl<C: Capture> Backup<'_, C> {
             .map_err(|e| Failure::from_repository(self.tried(), e))
     }
 
+    /// Whether a check has found damage in what the parent holds of a disk.
+    fn is_damaged(&self, parent: &Point, disk: &SeenDisk) -> Outcome<bool> {
+        match self.repository.disk_is_damaged(parent, &disk.id) {
+            Ok(damaged) => Ok(damaged),
+            Err(error) if error.damage().is_some() => Ok(true),
+            Err(error) => Err(Failure::from_repository(self.tried(), error)),
+        }
+    }
+
     /// Begins the point; a dry run has none.
     fn begin(&mut self, chain: Option<ChainId>) -> Outcome<Option<PointWriter>> {
         self.job.record.chain = chain.as_ref().map(ToString::to_string);
@@ -272,7 +285,10 @@ impl<C: Capture> Backup<'_, C> {
         let committed = committed.map_err(|e| Failure::failed(self.tried(), e))?;
         let (fate, outcome) = match committed {
             Ok(point) => (Fate::Committed, Ok(point)),
-            Err(e @ RepositoryError::CommitUnknown { .. }) => (Fate::Unknown, Err(e)),
+            Err(e @ RepositoryError::CommitUnknown { .. }) => match self.confirm() {
+                Some(point) => (Fate::Committed, Ok(point)),
+                None => (Fate::Unknown, Err(e)),
+            },
             Err(e) => (Fate::NotCommitted, Err(e)),
         };
         let settled = self.capture.settle(fate).await;
@@ -282,6 +298,12 @@ impl<C: Capture> Backup<'_, C> {
             tracing::warn!("the point is committed, but: {failure}");
         }
         Ok(point)
+    }
+
+    /// Asks the repository for a point whose commit ended in doubt.
+    fn confirm(&self) -> Option<Point> {
+        let id = self.job.record.point.as_ref()?.parse().ok()?;
+        self.repository.confirm_point(&id).ok().flatten()
     }
 
     fn unprotected(&self, chosen: &[Chosen]) -> Vec<Unprotected> {

@@ -32,7 +32,7 @@ pub fn stream(control: Control, scope: Scope, size: u64) -> Changes {
         let mut source = Source { control, scope, size };
         if let Err(failure) = source.run(&items).await {
             // A receiver that is gone has failed before us, and with a better reason.
-            let _ = items.send(Err(failure.into())).await;
+            let _ = items.send(Err(failure)).await;
         }
     });
     Changes { receiver }

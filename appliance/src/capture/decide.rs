@@ -29,10 +29,11 @@ pub struct Decision {
 impl Decision {
     /// The mode that the point will show.
     pub fn mode(&self) -> DiskMode {
-        match (&self.parent, &self.base) {
-            (None, _) => DiskMode::Full,
-            (Some(_), Some(_)) => DiskMode::Incremental,
-            (Some(_), None) => DiskMode::Rehash,
+        match (&self.parent, &self.base, self.doubt) {
+            (Some(_), Some(_), _) => DiskMode::Incremental,
+            // A damaged parent is nothing to compare with, but the chain goes on.
+            (None, _, Some(Doubt::ParentCorrupt)) | (Some(_), None, _) => DiskMode::Rehash,
+            (None, _, _) => DiskMode::Full,
         }
     }
 
@@ -47,10 +48,12 @@ impl Decision {
     }
 }
 
-/// Decides for one disk. `parent` is the newest point of the chain that holds it.
-pub fn decide(level: Level, disk: &SeenDisk, parent: Option<&Point>) -> Decision {
+/// Decides for one disk. `parent` is the newest point of the chain that holds it; `damaged` when
+/// what it holds of the disk is known not to be sound.
+pub fn decide(level: Level, disk: &SeenDisk, parent: Option<&Point>, damaged: bool) -> Decision {
     let state = match parent.filter(|_| level != Level::Full) {
         None => ParentState::None,
+        Some(_) if damaged => ParentState::Corrupt,
         Some(point) => match parent_disk(point, &disk.id) {
             Some(parent) => ParentState::Found(parent),
             None => ParentState::Corrupt,

@@ -142,7 +142,7 @@ fn cap(size: u64, share: u64, limit: Option<u64>) -> u64 {
 fn room(path: &Path) -> Outcome<u64> {
     let tried = format!("use {} for scratch images", path.display());
     let system = rustix::fs::statfs(path).map_err(|e| Failure::failed(&tried, e))?;
-    let kind = i64::from(system.f_type) & 0xffff_ffff;
+    let kind = system.f_type & 0xffff_ffff;
     if let Some((_, name)) = NETWORK_FILE_SYSTEMS.iter().find(|(known, _)| *known == kind) {
         return Err(Failure::failed(
             tried,

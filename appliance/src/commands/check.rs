@@ -16,7 +16,9 @@ use crate::progress::{Meter, Progress};
 /// Runs `icecore check`.
 pub fn run(context: &Context, args: CheckArgs) -> Outcome<u8> {
     let tried = format!("check the repository {}", args.repo.repo);
-    let repository = context.open_read_only(&args.repo.repo)?;
+    // Writable where that is possible: packs found damaged are marked, so that the next point
+    // builds nothing on them.
+    let repository = context.open(&args.repo.repo)?;
     let point = match &args.point {
         Some(spec) => Some(find(&repository, spec, None, &tried)?.id),
         None => None,

@@ -136,7 +136,7 @@ impl Rollback<'_> {
                 continue;
             };
             let newer = best.as_ref().is_none_or(|best| best.point.id < point.id);
-            if let (true, Some(base)) = (newer, decide(Level::Auto, seen, Some(&point)).base)
+            if let (true, Some(base)) = (newer, decide(Level::Auto, seen, Some(&point), false).base)
                 && base.size_bytes == seen.size_bytes
             {
                 best = Some(Known { point, base });
