@@ -11,8 +11,8 @@ use crate::report::Latency;
 
 /// What the rest of the process takes beside the data plane: code, stacks, the repository's caches.
 const OVERHEAD_BYTES: u64 = 24 << 20;
-/// More than this gains nothing: 64 requests of 1 MiB in flight, and as much being compressed.
-const PIPELINE_BYTES_MAX: u64 = 128 << 20;
+/// More than this gains nothing (measured): requests in flight and blocks being compressed.
+const PIPELINE_BYTES_MAX: u64 = 32 << 20;
 
 /// Options of one run of the data plane within the process's memory, ended by `cancel`.
 pub fn options(context: &Context, cancel: &Arc<AtomicBool>) -> Options {

@@ -105,6 +105,7 @@ impl ScratchDir {
         options.write(true).create_new(true).mode(0o600);
         let file = options.open(&path).map_err(failed)?;
         file.set_len(cap_bytes).map_err(failed)?;
+        icecore_qmp::capture::scratch::format(&file, size).map_err(failed)?;
         self.give_away(&path).map_err(failed)?;
         Ok(ScratchFile { path, cap_bytes })
     }
