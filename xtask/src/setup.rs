@@ -5,7 +5,7 @@ use crate::qemus;
 use crate::step::{Result, captured, program, target, timed};
 
 /// For the guest, the judges of restored disks, and independent peers on the wire.
-const TOOLS: [&str; 9] = [
+const TOOLS: [&str; 10] = [
     "busybox-static",
     "cpio",
     "kmod",
@@ -14,6 +14,7 @@ const TOOLS: [&str; 9] = [
     "xfsprogs",
     "nbdkit",
     "libnbd-bin",
+    "fio",
     "strace",
 ];
 const QEMU: [&str; 4] = ["qemu-system-x86", "qemu-utils", "qemu-block-extra", "qemu-guest-agent"];
