@@ -20,6 +20,9 @@ pub struct Call {
 /// How long one guest write may wait for the scratch, in seconds. Above 5 a guest notices.
 pub const CBW_TIMEOUT_SECONDS: u32 = 2;
 
+/// Longest time that QEMU tries to connect to our server for a push.
+pub const PUSH_OPEN_SECONDS: u32 = 2;
+
 impl Call {
     fn new(name: &'static str, arguments: Value) -> Self {
         Self { name, arguments }
@@ -56,17 +59,7 @@ impl Call {
         ]
     }
 
-    /// The job that formats the capped scratch as qcow2.
-    pub fn format_scratch(run: RunId, disk: DiskIndex, size_bytes: u64) -> Self {
-        let options = json!({"driver": "qcow2", "file": run.name(disk, Role::Raw),
-                             "size": size_bytes});
-        Self::new(
-            "blockdev-create",
-            json!({"job-id": run.name(disk, Role::Job), "options": options}),
-        )
-    }
-
-    /// The formatted scratch.
+    /// The image in the scratch.
     pub fn scratch_image(run: RunId, disk: DiskIndex) -> Self {
         Self::new(
             "blockdev-add",
@@ -112,12 +105,12 @@ impl Call {
         )
     }
 
-    /// An NBD client node towards a server on a unix socket.
+    /// An NBD client node towards a server on a unix socket. QEMU stands still while it connects.
     pub fn push_node(run: RunId, disk: DiskIndex, socket: &Path, export: &str) -> Self {
         Self::new(
             "blockdev-add",
             json!({"driver": "nbd", "node-name": run.name(disk, Role::Push), "export": export,
-                   "server": {"type": "unix", "path": socket}}),
+                   "server": {"type": "unix", "path": socket}, "open-timeout": PUSH_OPEN_SECONDS}),
         )
     }
 

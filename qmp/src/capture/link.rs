@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::timeout;
 
 use super::agent_channel::AgentChannel;
 use super::call::Call;
-use super::observe::{Observed, SeenJob};
+use super::observe::{Observed, SeenJob, seen_jobs};
 use crate::errors::QmpError;
 use crate::freeze::{Frozen, Owed};
 use crate::monitor::Monitor;
@@ -20,9 +20,6 @@ pub const CALL_WAIT: Duration = Duration::from_secs(5);
 
 /// Longest wait for a greeting.
 pub const CONNECT_WAIT: Duration = Duration::from_secs(5);
-
-/// Pause between two looks at a job that takes milliseconds.
-const JOB_PAUSE: Duration = Duration::from_millis(2);
 
 /// The monitor and, where there is one, the guest agent of a QEMU.
 #[derive(Debug)]
@@ -115,26 +112,8 @@ impl Link {
 
     /// One job, `None` when there is none of that id.
     pub async fn job(&self, id: &str) -> Result<Option<SeenJob>, QmpError> {
-        Ok(self.observe().await?.job(id).cloned())
-    }
-
-    /// Starts a job, waits until it has ended, and lets go of it.
-    pub async fn run_job(&self, call: &Call, id: &str, wait: Duration) -> Result<(), QmpError> {
-        let until = Instant::now() + wait;
-        self.call(call, wait).await?;
-        loop {
-            let job = self.job(id).await?;
-            let timeout = || QmpError::Timeout { command: call.name.into(), waited: wait };
-            match job {
-                Some(job) if job.concluded => {
-                    self.call(&Call::dismiss_job(id), CALL_WAIT).await?;
-                    return job.error.map_or(Ok(()), |desc| Err(job_failed(call, desc)));
-                }
-                Some(_) if Instant::now() >= until => return Err(timeout()),
-                Some(_) => sleep(JOB_PAUSE).await,
-                None => return Err(job_failed(call, "the job is gone".into())),
-            }
-        }
+        let jobs = seen_jobs(&self.monitor).await?;
+        Ok(jobs.into_iter().find(|job| job.id == id))
     }
 
     /// Freezes the guest within `deadline`, or says why not and what is owed.
@@ -166,8 +145,4 @@ impl Link {
             }
         }
     }
-}
-
-fn job_failed(call: &Call, desc: String) -> QmpError {
-    QmpError::Refused { command: call.name.into(), class: "JobFailed".into(), desc }
 }

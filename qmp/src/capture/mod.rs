@@ -9,6 +9,7 @@ pub mod link;
 pub mod names;
 pub mod observe;
 pub mod plan;
+pub mod scratch;
 
 pub use call::Call;
 pub use names::{DiskIndex, OurName, Role, RunId};

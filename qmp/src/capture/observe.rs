@@ -150,6 +150,15 @@ pub async fn node_sizes(monitor: &Monitor, wait: Duration) -> Result<Vec<SeenNod
     Ok(nodes.into_iter().map(NodeReply::seen).collect())
 }
 
+/// All jobs, and nothing else.
+pub async fn seen_jobs(monitor: &Monitor) -> Result<Vec<SeenJob>, QmpError> {
+    let command = "query-jobs";
+    let jobs = monitor.execute_raw(command, Value::Null, QUERY_WAIT).await?;
+    let content = |why| QmpError::Content { command: command.into(), why };
+    let jobs: Vec<JobReply> = shaped(jobs).map_err(content)?;
+    Ok(jobs.into_iter().map(seen_job).collect())
+}
+
 /// The replies of which an [`Observed`] is made.
 #[derive(Debug, Clone)]
 struct Replies {

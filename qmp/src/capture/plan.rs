@@ -54,7 +54,8 @@ impl DiskPlan {
     }
 }
 
-/// The scratch of one disk: an empty local file that QEMU can open.
+/// The scratch of one disk: a local file that QEMU can open, made with
+/// [`super::scratch::format`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Scratch {
     /// The file, already extended to `cap_bytes`.
@@ -86,8 +87,6 @@ pub struct Base {
 pub enum Step {
     /// A command.
     Run(Call),
-    /// A command that starts a job, which has to end well.
-    Job(Call, String),
     /// A persistent bitmap where the node can store one, else a transient one.
     AddBitmap {
         /// Its node.
@@ -112,7 +111,6 @@ pub fn prepare(run: RunId, disk: DiskIndex, plan: &DiskPlan) -> Vec<Step> {
     let mut steps = vec![
         Step::Run(file),
         Step::Run(raw),
-        Step::Job(Call::format_scratch(run, disk, plan.size_bytes), run.name(disk, Role::Job)),
         Step::Run(Call::scratch_image(run, disk)),
         Step::Run(Call::filter(run, disk, &plan.node)),
     ];
@@ -228,7 +226,7 @@ mod tests {
         };
         let touching = ["stop", "cont", "qom-set", "system_reset"];
         for step in prepare(RunId(1), 0, &plan) {
-            if let Step::Run(call) | Step::Job(call, _) = step {
+            if let Step::Run(call) = step {
                 assert!(!touching.contains(&call.name), "{}", call.name);
             }
         }

@@ -143,7 +143,7 @@ impl GuardianClient {
         self.request(Request::Expose(expose)).await
     }
 
-    /// Starts to push a disk. An error leaves the run as it was: abort it.
+    /// Starts to push a disk; the export of its map, read by now, ends. An error leaves the run as it was: abort it.
     pub async fn push(&self, push: Push) -> Result<(), GuardianError> {
         self.request(Request::Push(push)).await
     }

@@ -21,6 +21,9 @@ use crate::recover::{CommitState, FreezeIntent, Hands, Intents, ServerIntent, St
 /// given up too early leaves more to undo than it saves.
 const WAIT_WHILE_FROZEN_MIN: Duration = Duration::from_secs(1);
 
+/// Pause between two looks at an export that ends in milliseconds.
+const EXPORT_PAUSE: Duration = Duration::from_millis(2);
+
 /// How long an instant waits for the thaw to be confirmed before it goes on being tried beside.
 const THAW_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -265,7 +268,8 @@ impl Keeper {
         Ok(exposed)
     }
 
-    /// A failed push is the worker's to give up: it may have pushes of other disks under way.
+    /// Ends the export of the disk's map, which was read by now. A failed push is the worker's to
+    /// give up: it may have pushes of other disks under way.
     pub(super) async fn push(&mut self, push: Push) -> Result<(), GuardianError> {
         self.expect(&Phase::Exposed, "push")?;
         let missing = || out_of_order(format!("there is no disk {}", push.disk));
@@ -275,11 +279,25 @@ impl Keeper {
         }
         let run = self.intents.run;
         if let Some(base) = &push.base {
+            // Its bitmap is busy while it is exported.
+            self.end_export(&run.name(push.disk, Role::Export)).await?;
             self.steps(&plan::push_bitmap(run, push.disk, &disk, base, &push.samples)).await?;
         }
         let node = Call::push_node(run, push.disk, &push.socket, &push.export);
         self.call(&node, CALL_WAIT).await?;
         self.call(&Call::push_job(run, push.disk, push.base.is_none()), CALL_WAIT).await
+    }
+
+    async fn end_export(&mut self, id: &str) -> Result<(), GuardianError> {
+        self.call(&Call::remove_export(id), CALL_WAIT).await?;
+        let until = Instant::now() + CALL_WAIT;
+        while self.observe().await?.exports.iter().any(|export| export == id) {
+            if Instant::now() >= until {
+                return Err(refused(format!("export {id} does not end")));
+            }
+            tokio::time::sleep(EXPORT_PAUSE).await;
+        }
+        Ok(())
     }
 
     pub(super) async fn push_status(

@@ -163,7 +163,6 @@ impl Keeper {
         for step in steps {
             match step {
                 Step::Run(call) => self.call(call, CALL_WAIT).await?,
-                Step::Job(call, id) => self.link()?.run_job(call, id, CALL_WAIT).await?,
                 Step::AddBitmap { node, bitmap } => {
                     persistent.push(self.add_bitmap(node, &bitmap.name, bitmap.granularity).await?);
                 }

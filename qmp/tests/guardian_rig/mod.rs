@@ -10,7 +10,7 @@ use std::time::Duration;
 use icecore_qmp::Monitor;
 use icecore_qmp::bitmap::Granularity;
 use icecore_qmp::capture::plan::{Base, DiskPlan, NewBitmap, Scratch};
-use icecore_qmp::capture::{Observed, RunId};
+use icecore_qmp::capture::{Observed, RunId, scratch};
 use icecore_qmp::guardian::protocol::{
     Expose, ExposeDisk, Exposed, Form, Freeze, InstantPlan, InstantReport, Prepare, Then,
 };
@@ -34,7 +34,7 @@ impl Machine {
     /// Two disks on virtio-blk, one qcow2 and one raw.
     pub fn plain() -> Self {
         Self {
-            program: "qemu-system-x86_64".into(),
+            program: icecore_qmp::testing::binary_under_test().into(),
             args: Vec::new(),
             disks: vec![("disk0", "qcow2", 64 * MIB), ("disk1", "raw", 32 * MIB)],
             devices: vec!["virtio-blk-pci,id=vd0,drive=disk0", "virtio-blk-pci,id=vd1,drive=disk1"],
@@ -85,6 +85,7 @@ impl Qemu {
         for (node, format, size) in &machine.disks {
             let file = dir.path().join(node);
             run("qemu-img", &["create", "-q", "-f", format, text(&file), &size.to_string()]);
+            run("qemu-io", &["-f", format, "-c", "write -q -P 1 0 1M", text(&file)]);
             let file = text(&file).to_owned();
             let options = format!(
                 "driver={format},node-name={node},discard=unmap,file.driver=file,\
@@ -163,6 +164,7 @@ impl Qemu {
             let path = self.path(&format!("scratch{index}"));
             let file = std::fs::File::create(&path).expect("a scratch file");
             file.set_len(cap_bytes).expect("its size");
+            scratch::format(&file, disk.size_bytes).expect("an image");
             let name = bitmap(point, &disk.id);
             let bitmap = Some(NewBitmap { name, granularity: Granularity::DEFAULT });
             disks.push(DiskPlan::new(disk, Scratch { path, cap_bytes }, bitmap));

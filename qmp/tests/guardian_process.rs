@@ -1,0 +1,99 @@
+//! The guardian as the process that it is: signals, locks, and a probe that gets stuck.
+
+mod guardian_rig;
+
+use std::ffi::OsString;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::time::Duration;
+
+use guardian_rig::{MIB, Machine, Qemu, bitmap, ended, instant, run};
+use icecore_qmp::guardian::protocol::{Form, Then};
+use icecore_qmp::guardian::{GuardianClient, main, serve};
+use icecore_qmp::recover::{Intents, ProbeCommand, ServerIntent};
+use rustix::fs::{FlockOperation, flock};
+
+/// Not a test: the body of the process that the tests below start.
+#[test]
+#[ignore = "started by the other tests with a socket as standard input"]
+fn guardian_body() {
+    main();
+}
+
+fn body_arguments() -> Vec<OsString> {
+    ["--ignored", "--exact", "guardian_body", "--nocapture"].map(OsString::from).to_vec()
+}
+
+fn lock(path: &std::path::Path) -> Result<OwnedFd, rustix::io::Errno> {
+    let file = std::fs::File::options().create(true).append(true).open(path).expect("a lock file");
+    flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+    Ok(file.into())
+}
+
+fn guardians() -> Vec<String> {
+    let me = std::process::id().to_string();
+    let found = Command::new("pgrep").args(["-P", &me, "-f", "guardian_body"]).output();
+    let found = found.expect("pgrep").stdout;
+    String::from_utf8_lossy(&found).lines().map(str::to_owned).collect()
+}
+
+/// FAULTS 1, 30, 31: what ends the worker leaves the guardian; the lock outlives the worker.
+#[tokio::test]
+async fn a_guardian_is_deaf_and_holds_the_locks() {
+    let qemu = Qemu::start(&Machine::single()).await;
+    let path = qemu.path("lock");
+    let held = lock(&path).expect("free");
+    let exe = std::env::current_exe().expect("this test");
+    let client = GuardianClient::spawn(&exe, &body_arguments(), &[held]).expect("a guardian");
+    client.connect(qemu.path("qmp"), None).await.expect("connected");
+    qemu.capture(&client, "p1", None).await;
+    for pid in guardians() {
+        for signal in ["-INT", "-TERM", "-HUP"] {
+            run("kill", &[signal, &pid]);
+        }
+    }
+    client.sizes().await.expect("it is still there");
+    assert!(lock(&path).is_err(), "held by the guardian alone");
+    drop(client);
+    let mut free = false;
+    for _ in 0..200 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        free = free || lock(&path).is_ok();
+    }
+    assert!(free, "the lock went with the guardian");
+    qemu.assert_clean(&[bitmap("p1", "vd0")]).await;
+}
+
+/// FAULTS 53: scratch storage that hangs: the graph stays, and that is said.
+#[tokio::test]
+async fn a_hung_scratch_leaves_the_graph() {
+    let qemu = Qemu::start(&Machine::single()).await;
+    let (ours, theirs) = UnixStream::pair().expect("a pair");
+    let stuck = ProbeCommand {
+        program: "sleep".into(),
+        arguments: vec!["60".into()],
+        environment: Vec::new(),
+    };
+    let thread = std::thread::spawn(move || serve(theirs, Some(stuck)).expect("serves"));
+    let client = GuardianClient::connect_to(ours, &[]).expect("a client");
+    client.connect(qemu.path("qmp"), None).await.expect("connected");
+    client.prepare(qemu.prepare(16 * MIB, "p1").await).await.expect("prepared");
+    client.instant(instant(Then::Continue)).await.expect("instant");
+    client.expose(qemu.expose_plan(Form::Pull, None).await).await.expect("exposed");
+    let released = client.release().await.expect("an answer");
+    assert!(!released.left.is_empty());
+    assert!(released.left.iter().all(|left| left.contains("does not answer")), "{released:?}");
+    assert!(!qemu.path("nbd").exists(), "the server is stopped all the same");
+    qemu.write(0, 3, 0..MIB).await;
+    drop(client);
+    ended(thread).await;
+    // The storage is back, and so is the next run.
+    let (client, thread) = qemu.connected().await;
+    let mut intents = Intents::unknown(client.inspect().await.expect("inspected").leftovers[0]);
+    intents.server = ServerIntent::Asked;
+    assert!(client.recover(intents, None).await.expect("recovered").left.is_empty());
+    drop(client);
+    ended(thread).await;
+    qemu.assert_clean(&[bitmap("p1", "vd0")]).await;
+}
