@@ -1,6 +1,5 @@
 //! Which VM a command is about: from flags and configuration to sockets or images.
 
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use icecore_repository::VmName;
@@ -97,18 +96,11 @@ pub async fn guard(
     Ok(guardian)
 }
 
-/// The user that the QEMU behind a QMP socket runs as. A socket that nobody listens on is an error;
-/// where the kernel does not tell, nothing is known.
-pub fn qemu_user(qmp: &Path, tried: &str) -> Outcome<Option<Owner>> {
-    let stream = UnixStream::connect(qmp).map_err(|e| {
-        Failure::failed(tried, format!("the QMP socket {}: {e}", qmp.display()))
-            .next("is the VM running, and is this its -qmp socket?")
-    })?;
-    let Ok(peer) = rustix::net::sockopt::socket_peercred(&stream) else { return Ok(None) };
-    // Who listened may have given up its rights since (`-runas`).
-    let status = format!("/proc/{}/status", peer.pid.as_raw_nonzero());
-    let now = std::fs::read_to_string(status).ok().and_then(|text| effective_ids(&text));
-    Ok(Some(now.unwrap_or(Owner { uid: peer.uid.as_raw(), gid: peer.gid.as_raw() })))
+/// The user that a QEMU process runs as now: it may have given up its rights since it began
+/// (`-runas`). Nothing is known where the process is not seen from here.
+pub fn qemu_user(pid: Option<i32>) -> Option<Owner> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", pid?)).ok()?;
+    effective_ids(&status)
 }
 
 fn effective_ids(status: &str) -> Option<Owner> {

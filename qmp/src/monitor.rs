@@ -36,6 +36,7 @@ pub struct Monitor {
 struct Shared {
     path: PathBuf,
     version: QemuVersion,
+    peer: Option<i32>,
     next_call: AtomicU64,
     ended: Arc<OnceLock<String>>,
     events: broadcast::WeakSender<Event>,
@@ -78,6 +79,7 @@ impl Monitor {
         until: Instant,
         waited: Duration,
     ) -> Result<Self, QmpError> {
+        let peer = stream.peer_cred().ok().and_then(|peer| peer.pid());
         let (read, write) = stream.into_split();
         let (events, _) = broadcast::channel(EVENTS_KEPT);
         let weak_events = events.downgrade();
@@ -92,13 +94,18 @@ impl Monitor {
         tokio::spawn(driver.run(inbox));
         let path = path.to_owned();
         let next_call = AtomicU64::new(0);
-        let shared = Arc::new(Shared { path, version, next_call, ended, events: weak_events });
+        let shared = Arc::new(Shared { path, version, peer, next_call, ended, events: weak_events });
         Ok(Self { shared, calls })
     }
 
     /// The version in QEMU's greeting.
     pub fn version(&self) -> QemuVersion {
         self.shared.version
+    }
+
+    /// The process that listened on the socket, where the kernel tells.
+    pub fn peer(&self) -> Option<i32> {
+        self.shared.peer
     }
 
     /// The socket's path.

@@ -49,8 +49,6 @@ pub struct Settings {
     pub scratch: PathBuf,
     pub scratch_limit: Option<u64>,
     pub then: Then,
-    /// Who QEMU runs as, when that is known.
-    pub user: Option<User>,
     pub granularity: Granularity,
     pub repository: NamePart,
     /// Moves with every wake of the data plane's threads.
@@ -66,6 +64,8 @@ pub struct QmpCapture {
     inventory: Inventory,
     features: Features,
     was_running: bool,
+    /// Who QEMU runs as, when that is known.
+    user: Option<User>,
     disks: Vec<SeenDisk>,
     tasks: Vec<Task>,
     intents: Intents,
@@ -93,6 +93,7 @@ impl QmpCapture {
             guardian,
             disks: inventory.disks.iter().map(seen).collect::<Outcome<_>>()?,
             inventory,
+            user: crate::target::qemu_user(inspection.peer),
             features: inspection.features,
             was_running: inspection.running,
             settings,
@@ -125,7 +126,7 @@ impl QmpCapture {
 
     async fn prepare(&mut self) -> Outcome<()> {
         let run = self.settings.run.to_string();
-        let scratch = ScratchDir::make(&self.settings.scratch, &run, self.settings.user)?;
+        let scratch = ScratchDir::make(&self.settings.scratch, &run, self.user)?;
         let sizes: Vec<u64> = self.tasks.iter().map(|task| self.disk(task).size_bytes).collect();
         let files = scratch.files(&sizes, self.settings.scratch_limit)?;
         let plans = self.tasks.iter().zip(files).map(|(task, file)| {

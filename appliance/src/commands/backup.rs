@@ -65,7 +65,6 @@ impl Run<'_> {
         qga: Option<&std::path::Path>,
         args: &BackupArgs,
     ) -> Outcome<BackupReport> {
-        let user = target::qemu_user(qmp, self.tried)?;
         let base = match &args.scratch {
             Some(dir) => dir.clone(),
             None => self.context.state.root().join("scratch"),
@@ -83,7 +82,6 @@ impl Run<'_> {
             scratch: base,
             scratch_limit: args.scratch_limit,
             then: Then::Continue,
-            user,
             granularity: granularity(self.repository),
             repository: repository_part(self.repository, self.tried)?,
             pulse: job.pulse(),

@@ -108,7 +108,6 @@ async fn live(
     interrupt: &Interrupt,
     tried: &str,
 ) -> Outcome<Live> {
-    let user = target::qemu_user(qmp, tried)?;
     let scratch = match &args.scratch {
         Some(dir) => absolute(dir, tried)?,
         None => absolute(&context.state.root().join("scratch"), tried)?,
@@ -126,14 +125,13 @@ async fn live(
         scratch: scratch.clone(),
         scratch_limit: None,
         then: if args.dry_run { Then::Continue } else { Then::Hold },
-        user,
         granularity: granularity(repository),
         repository: repository_part(repository, tried)?,
         pulse: job.pulse(),
         interrupt: interrupt.clone(),
         tried: tried.to_owned(),
     };
-    Ok(Live { guardian, run, scratch, user, freeze, settings })
+    Ok(Live { guardian, run, scratch, freeze, settings })
 }
 
 fn request(args: &RollbackArgs, tried: &str) -> Outcome<Request> {

@@ -13,7 +13,7 @@ use icecore_qmp::recover::{Intents, RollbackIntent, ServerIntent, StopIntent};
 
 use super::{Chosen, Known, Rollback, RolledBack, ranges};
 use crate::capture::qmp::{QmpCapture, Settings, disk_intent_of, failure, guardian_base};
-use crate::capture::scratch::{Owner, ScratchDir};
+use crate::capture::scratch::ScratchDir;
 use crate::capture::{Capture, Data, Fate, SeenDisk, Task};
 use crate::failure::{Failure, Outcome};
 use crate::nbd;
@@ -24,7 +24,6 @@ pub struct Live {
     pub guardian: GuardianClient,
     pub run: RunId,
     pub scratch: PathBuf,
-    pub user: Option<Owner>,
     pub freeze: Freeze,
     pub settings: Settings,
 }
@@ -36,7 +35,7 @@ impl Rollback<'_> {
         live: Live,
         safety: crate::backup::Request,
     ) -> Outcome<RolledBack> {
-        let Live { guardian, run, scratch, user, freeze, settings } = live;
+        let Live { guardian, run, scratch, freeze, settings } = live;
         let log = IntentLog::create(&self.context.state, self.job.id())?;
         let mut capture = QmpCapture::open(guardian.clone(), settings, log).await?;
         let (chosen, left_alone) = self.choose(capture.disks())?;
@@ -60,6 +59,7 @@ impl Rollback<'_> {
         }
         let inspection = guardian.inspect().await.map_err(|e| failure(self.tried, e))?;
         let disks = &inspection.inventory.disks;
+        let user = crate::target::qemu_user(inspection.peer);
         let log = IntentLog::create(&self.context.state, self.job.id())?;
         let mut journal = Journal { log, intents: Intents::new(run) };
         if was_running {

@@ -14,6 +14,7 @@ use crate::capture::names::{DIRTY_BITMAP, DiskIndex};
 use crate::capture::observe::RunState;
 use crate::capture::{Call, Role, plan};
 use crate::errors::QmpError;
+use crate::features::SAFE_IOTHREAD_EXPORTS;
 use crate::freeze::{Frozen, Owed};
 use crate::recover::{CommitState, FreezeIntent, Hands, Intents, ServerIntent, StopIntent};
 
@@ -242,6 +243,15 @@ impl Keeper {
     ) -> Result<ExposedDisk, GuardianError> {
         let run = self.intents.run;
         let plan = self.disks[usize::from(index)].clone();
+        let version = self.link()?.monitor().version();
+        let unsafe_export = plan.iothread.is_some() && version < SAFE_IOTHREAD_EXPORTS;
+        if disk.form == Form::Pull && unsafe_export {
+            return Err(refused(format!(
+                "{} is in an iothread, and QEMU {version} would not survive its export: it has \
+                 to be pushed",
+                plan.qom_path
+            )));
+        }
         let mut exposed = ExposedDisk {
             form: disk.form,
             export: None,

@@ -130,6 +130,7 @@ impl Keeper {
             inventory: inventory::inventory(link.monitor(), QUERY_WAIT).await?,
             running: seen.state == RunState::Running,
             leftovers: seen.runs(),
+            peer: link.monitor().peer(),
         })
     }
 
@@ -397,6 +398,9 @@ impl From<QmpError> for GuardianError {
             QmpError::Closed { .. } => ErrorKind::QemuGone,
             QmpError::Refused { .. } | QmpError::Content { .. } | QmpError::Busy { .. } => {
                 ErrorKind::Qemu
+            }
+            QmpError::NoSocket { .. } | QmpError::Connect { .. } | QmpError::NotQmp { .. } => {
+                ErrorKind::Unreachable
             }
             _ => ErrorKind::Refused,
         };

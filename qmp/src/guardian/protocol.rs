@@ -153,6 +153,16 @@ pub enum Form {
     Push,
 }
 
+impl Form {
+    /// The form that keeps QEMU alive.
+    pub fn safe_for(disk: &Disk, features: &Features) -> Self {
+        match disk.iothread {
+            Some(_) if !features.iothread_exports_are_safe() => Self::Push,
+            _ => Self::Pull,
+        }
+    }
+}
+
 /// What to expose.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Expose {
@@ -294,6 +304,8 @@ pub struct Inspection {
     pub running: bool,
     /// Runs that have left something.
     pub leftovers: Vec<RunId>,
+    /// The process that listens on the monitor's socket, where the kernel tells.
+    pub peer: Option<i32>,
 }
 
 /// What is left after undoing.
@@ -319,6 +331,8 @@ pub struct GuardianError {
 pub enum ErrorKind {
     /// QEMU or its guest cannot be used for this now; nothing was changed.
     Refused,
+    /// There is no QEMU behind the socket.
+    Unreachable,
     /// A filesystem-consistent instant was required and not reached.
     NotFrozen,
     /// QEMU answered with an error.
