@@ -206,10 +206,10 @@ impl Capture for ImageCapture {
         _samples: &[Range<u64>],
     ) -> Outcome<Readable> {
         let dir = self.dir.clone();
+        // One at a time: the socket's name is the same for all.
+        self.images.iter_mut().for_each(|image| image.daemon = None);
         let image = self.image(at);
         let bitmap = base.map(|base| base.bitmap.to_string());
-        // One at a time: the socket's name is the same for all.
-        image.daemon = None;
         let served = Served::Shared { bitmap: bitmap.clone() };
         let daemon = StorageDaemon::start(&image.named.path, image.info.format, &served, &dir)?;
         let uri = nbd::unix_uri(daemon.socket(), daemon.export());
