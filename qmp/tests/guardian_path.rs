@@ -6,8 +6,7 @@ use guardian_rig::{MIB, Machine, Qemu, bitmap, ended, instant, keep_alive};
 use icecore_qmp::guardian::protocol::{ErrorKind, Form, Then};
 use serde_json::{Value, json};
 
-async fn full_and_incremental(machine: Machine) {
-    let qemu = Qemu::start(&machine).await;
+async fn full_and_incremental(qemu: Qemu) {
     let (client, thread) = qemu.connected().await;
     let alive = keep_alive(&client);
     let inspection = client.inspect().await.expect("inspected");
@@ -51,12 +50,23 @@ async fn full_and_incremental(machine: Machine) {
 
 #[tokio::test]
 async fn a_full_and_an_incremental_point() {
-    full_and_incremental(Machine::plain()).await;
+    full_and_incremental(Qemu::start(&Machine::plain()).await).await;
 }
 
 #[tokio::test]
 async fn the_same_in_an_iothread() {
-    full_and_incremental(Machine::iothread()).await;
+    let qemu = Qemu::start(&Machine::iothread()).await;
+    if qemu.exports_from_iothreads() {
+        return full_and_incremental(qemu).await;
+    }
+    let (client, thread) = qemu.connected().await;
+    client.prepare(qemu.prepare(16 * MIB, "p1").await).await.expect("prepared");
+    client.instant(instant(Then::Continue)).await.expect("instant");
+    let error = client.expose(qemu.expose_plan(Form::Pull, None).await).await.expect_err("unsafe");
+    assert_eq!(error.kind, ErrorKind::Refused, "{error}");
+    qemu.assert_clean(&[]).await;
+    drop(client);
+    ended(thread).await;
 }
 
 #[tokio::test]

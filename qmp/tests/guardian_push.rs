@@ -49,7 +49,7 @@ async fn receiver(qemu: &Qemu, name: &str, size: u64, bytes_per_second: u64) -> 
 
 fn push(qemu: &Qemu, disk: u16, name: &str, base: Option<Base>) -> Push {
     let socket = qemu.path(&format!("{name}.sock"));
-    let samples = vec![5 * MIB..5 * MIB + GRANULE];
+    let samples = std::iter::once(5 * MIB..5 * MIB + GRANULE).collect();
     Push { disk, socket, export: name.into(), base, samples }
 }
 

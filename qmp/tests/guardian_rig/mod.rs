@@ -28,6 +28,7 @@ pub struct Machine {
     pub args: Vec<String>,
     pub disks: Vec<(&'static str, &'static str, u64)>,
     pub devices: Vec<&'static str>,
+    pub in_iothread: bool,
 }
 
 impl Machine {
@@ -38,6 +39,7 @@ impl Machine {
             args: Vec::new(),
             disks: vec![("disk0", "qcow2", 64 * MIB), ("disk1", "raw", 32 * MIB)],
             devices: vec!["virtio-blk-pci,id=vd0,drive=disk0", "virtio-blk-pci,id=vd1,drive=disk1"],
+            in_iothread: false,
         }
     }
 
@@ -57,6 +59,7 @@ impl Machine {
                 "scsi-hd,id=sd0,bus=sc0.0,drive=disk0",
                 "scsi-hd,id=sd1,bus=sc0.0,drive=disk1",
             ],
+            in_iothread: true,
             ..Self::plain()
         }
     }
@@ -116,6 +119,11 @@ impl Qemu {
 
     pub async fn try_ask(&self, command: &str, arguments: Value) -> Result<Value, String> {
         self.side.execute_raw(command, arguments, WAIT).await.map_err(|error| error.to_string())
+    }
+
+    /// Whether disks in an iothread may be exported; else there is nothing to test but refusal.
+    pub fn exports_from_iothreads(&self) -> bool {
+        self.side.version() >= icecore_qmp::features::SAFE_IOTHREAD_EXPORTS
     }
 
     pub async fn seen(&self) -> Observed {
