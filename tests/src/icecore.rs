@@ -110,7 +110,7 @@ impl Icecore {
 
     /// Starts a backup whose copy takes long, and waits until it is copying.
     pub fn start_slow_backup(&self, vm: &TestVm) -> Result<Started> {
-        let mut run = self.backup(vm).arg("--rate-limit").arg("1M").start()?;
+        let mut run = self.backup(vm).arg("--rate-limit").arg("4M").start()?;
         wait_until("the copy", COPY_DEADLINE, || {
             if run.runs()? {
                 Ok(vm.is_being_copied()?)

@@ -76,9 +76,7 @@ impl TestVm {
 
     /// Waits until the guest runs commands and its agent, if it has one, answers.
     pub fn wait_ready(&self) -> Result<()> {
-        if self.spec.guest {
-            self.shell()?.wait_ready(BOOT_DEADLINE).during("guest boot")?;
-        }
+        self.wait_guest()?;
         if self.spec.agent {
             let socket = self.qga();
             wait_until("guest agent", BOOT_DEADLINE, || Ok(agent_answers(&socket)))?;
@@ -154,9 +152,10 @@ impl TestVm {
         Ok(())
     }
 
-    /// Changes the size of a disk while it is in use.
+    /// Changes the size of a disk while it is in use, as the monitor allows it for one that is
+    /// attached by `-drive`: whatever node the device has at the moment.
     pub fn resize(&self, id: &str, bytes: u64) -> Result<()> {
-        let arguments = json!({ "node-name": self.node(id)?, "size": bytes });
+        let arguments = json!({ "device": self.node(id)?, "size": bytes });
         self.monitor()?.execute("block_resize", arguments).map(drop)
     }
 
@@ -168,6 +167,14 @@ impl TestVm {
     fn shell(&self) -> Result<MutexGuard<'_, Shell>> {
         let shell = self.running()?.shell.as_ref();
         shell.map(lock).ok_or_else(|| Failure::new("this VM has no guest"))
+    }
+
+    /// Waits until the guest runs commands, whoever holds its agent.
+    pub fn wait_guest(&self) -> Result<()> {
+        match self.spec.guest {
+            true => self.shell()?.wait_ready(BOOT_DEADLINE).during("guest boot"),
+            false => Ok(()),
+        }
     }
 
     /// Waits until the guest's writer has finished `rounds` more rounds.

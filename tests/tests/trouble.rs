@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use icecore_tests::{
-    Disk, Fs, Icecore, MIB, Result, TestVm, VmSpec, require_rehash, text, wait_until,
+    Attach, Disk, Fs, Icecore, MIB, Result, TestVm, VmSpec, require_rehash, text, wait_until,
 };
 use rustix::process::Signal;
 use serde_json::json;
@@ -12,7 +12,7 @@ use serde_json::json;
 fn vm_with_data() -> Result<TestVm> {
     let vm = VmSpec::new("trouble")
         .disk(Disk::new("d0", 192 * MIB).fs(Fs::Ext4))
-        .disk(Disk::new("d1", 64 * MIB))
+        .disk(Disk::new("d1", 64 * MIB).attach(Attach::Drive))
         .writer(&["d0"])
         .boot()?;
     vm.guest("dd if=/dev/urandom of=/mnt/d0/bulk bs=1M count=24 conv=fsync")?;
@@ -51,7 +51,8 @@ fn a_stopped_icecore_does_not_stop_the_guest() -> Result<()> {
     vm.monitor()?.execute("stop", json!({}))?;
     vm.monitor()?.execute("cont", json!({}))?;
     assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
-    vm.wait_ready()?;
+    // The agent is still the guardian's.
+    vm.wait_guest()?;
     vm.require_no_trace()?;
     run.signal(Signal::CONT);
     let outcome = run.finish()?;
