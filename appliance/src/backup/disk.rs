@@ -20,7 +20,7 @@ use crate::capture::decide::Decision;
 use crate::capture::spool::Spool;
 use crate::capture::trim::Trimmer;
 use crate::capture::trust::{self, Trial};
-use crate::capture::{Capture, Data, Readable};
+use crate::capture::{Capture, Data, DirtyMap, Readable};
 use crate::data;
 use crate::failure::{Failure, Outcome};
 use crate::nbd;
@@ -211,7 +211,12 @@ impl<C: Capture> Backup<'_, C> {
             }
         };
         let moved = moved.map_err(|e| data_failure(&tried, e))?;
-        Ok((moved, counted.load(Ordering::Relaxed)))
+        // With what was pushed came samples, which did not change.
+        let dirty_bytes = match &readable.dirty {
+            Some(DirtyMap::Listed(dirty)) => dirty.iter().map(|d| d.end - d.start).sum(),
+            _ => counted.load(Ordering::Relaxed),
+        };
+        Ok((moved, dirty_bytes))
     }
 
     /// Where a disk's data come from, and what of them is to be read.
@@ -223,7 +228,10 @@ impl<C: Capture> Backup<'_, C> {
     ) -> Outcome<(Vec<Lane>, Items)> {
         match &readable.data {
             Data::Export(uri) => {
-                let bitmap = readable.dirty.as_ref().map(|map| map.bitmap.as_str());
+                let bitmap = match &readable.dirty {
+                    Some(DirtyMap::Export { bitmap }) => Some(bitmap.as_str()),
+                    _ => None,
+                };
                 let control = nbd::control(uri, bitmap, tried).await?;
                 require_size(&control, readable.size_bytes, tried)?;
                 let scope = match (&decision.base, bitmap) {
@@ -236,35 +244,13 @@ impl<C: Capture> Backup<'_, C> {
                 Ok((nbd::lanes(uri, tried).await?, Box::new(changes)))
             }
             Data::Spool(spool) => {
-                self.require_all_pushed(spool, decision, readable, tried).await?;
+                require_all_pushed(spool, decision, readable, tried)?;
                 let file = spool.file().map_err(|e| Failure::failed(tried, e))?;
                 let lanes =
                     Lane::files(file, SPOOL_LANES).map_err(|e| Failure::failed(tried, e))?;
                 Ok((lanes, Box::new(spool.items().into_iter().map(Ok))))
             }
         }
-    }
-
-    /// A granule that is dirty and was not wholly pushed fails the disk.
-    async fn require_all_pushed(
-        &self,
-        spool: &Spool,
-        decision: &Decision,
-        readable: &Readable,
-        tried: &str,
-    ) -> Outcome<()> {
-        let (Some(base), Some(map)) = (&decision.base, &readable.dirty) else { return Ok(()) };
-        let control = nbd::control(&map.uri, Some(&map.bitmap), tried).await?;
-        let scope = Scope::Bitmap { name: map.bitmap.clone(), grown_from: base.size_bytes };
-        let mut changes = changes::stream(control, scope, readable.size_bytes);
-        while let Some(item) = changes.next_item().await {
-            let span = item.map_err(|e| Failure::failed(tried, e))?.span();
-            if let Some(at) = spool.missing(span.offset, span.len) {
-                let why = format!("the byte at {at} changed and QEMU did not push it");
-                return Err(Failure::failed(tried, why));
-            }
-        }
-        Ok(())
     }
 }
 
@@ -323,6 +309,26 @@ impl<I: Iterator<Item = PlanItem> + Send + 'static> DataRun<I> {
         }
         stored
     }
+}
+
+/// A granule that is dirty and was not wholly pushed fails the disk.
+fn require_all_pushed(
+    spool: &Spool,
+    decision: &Decision,
+    readable: &Readable,
+    tried: &str,
+) -> Outcome<()> {
+    let (Some(base), Some(DirtyMap::Listed(dirty))) = (&decision.base, &readable.dirty) else {
+        return Ok(());
+    };
+    let grown = base.size_bytes..readable.size_bytes;
+    for range in dirty.iter().chain((!grown.is_empty()).then_some(&grown)) {
+        if let Some(at) = spool.missing(range.start, range.end - range.start) {
+            let why = format!("the byte at {at} changed and QEMU did not push it");
+            return Err(Failure::failed(tried, why));
+        }
+    }
+    Ok(())
 }
 
 fn moved(stats: &BackupStats) -> Moved {

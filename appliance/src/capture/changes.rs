@@ -44,13 +44,6 @@ pub struct Changes {
     receiver: mpsc::Receiver<Item>,
 }
 
-impl Changes {
-    /// The next item, for use on the runtime's own thread.
-    pub async fn next_item(&mut self) -> Option<Item> {
-        self.receiver.recv().await
-    }
-}
-
 impl Iterator for Changes {
     type Item = Item;
 

@@ -215,7 +215,7 @@ impl Capture for ImageCapture {
         let uri = nbd::unix_uri(daemon.socket(), daemon.export());
         let size_bytes = image.info.size_bytes;
         image.daemon = Some(daemon);
-        let dirty = bitmap.map(|bitmap| DirtyMap { uri: uri.clone(), bitmap });
+        let dirty = bitmap.map(|bitmap| DirtyMap::Export { bitmap });
         Ok(Readable { data: Data::Export(uri), dirty, size_bytes })
     }
 

@@ -100,11 +100,14 @@ pub enum Data {
 
 /// A readable copy of a dirty bitmap.
 #[derive(Debug, Clone)]
-pub struct DirtyMap {
-    /// An export that shows it; with pushed data it holds nothing else.
-    pub uri: Uri,
-    /// Its name, without the `qemu:dirty-bitmap:` of its metadata context.
-    pub bitmap: String,
+pub enum DirtyMap {
+    /// Beside the data, in their export.
+    Export {
+        /// Its name, without the `qemu:dirty-bitmap:` of its metadata context.
+        bitmap: String,
+    },
+    /// Read already: dirty byte ranges, ascending and disjoint.
+    Listed(Arc<Vec<Range<u64>>>),
 }
 
 /// What is known of the point at the end.

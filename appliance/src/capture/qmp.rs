@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use icecore_nbd_client::extents::Extent;
 use icecore_nbd_client::server::{Server, ServerOptions};
+use icecore_nbd_client::{Flow, Uri};
 use icecore_qmp::bitmap::{Granularity, NamePart, Owner};
 use icecore_qmp::capture::RunId;
 use icecore_qmp::capture::plan::{Base as GuardianBase, DiskPlan, NewBitmap, Scratch};
@@ -238,12 +240,14 @@ impl QmpCapture {
         );
         let listening = server.listen_unix(&socket, 0o600).map_err(failed)?;
         scratch.give_away(&socket).map_err(failed)?;
+        // What was added to the disk is in no bitmap.
+        let grown = base.map(|base| base.size_bytes..disk.size_bytes).filter(|r| !r.is_empty());
         let push = Push {
             disk: u16::try_from(at).map_err(|e| Failure::failed(tried, e))?,
             socket,
             export: PUSH_EXPORT.into(),
             base: base.map(guardian_base),
-            samples: samples.to_vec(),
+            samples: samples.iter().cloned().chain(grown).collect(),
         };
         self.guardian.push(push.clone()).await.map_err(|e| self.failed(e))?;
         self.wait_for_push(push.disk).await?;
@@ -340,12 +344,23 @@ impl Capture for QmpCapture {
         };
         let uri = disk.export.as_ref().map(|export| nbd::unix_uri(&self.server_socket(), export));
         let bitmap = base.and_then(|_| dirty_name(disk.dirty_context.as_deref()));
-        let dirty = uri.clone().zip(bitmap).map(|(uri, bitmap)| DirtyMap { uri, bitmap });
-        let data = match (disk.form, uri) {
-            (Form::Push, _) => self.receive(at, &disk, base, samples).await?,
-            (Form::Pull, Some(uri)) => Data::Export(uri),
+        let (data, dirty) = match (disk.form, uri) {
+            (Form::Pull, Some(uri)) => {
+                (Data::Export(uri), bitmap.map(|bitmap| DirtyMap::Export { bitmap }))
+            }
             (Form::Pull, None) => {
                 return Err(Failure::failed(&self.settings.tried, "the disk has no export"));
+            }
+            (Form::Push, map) => {
+                // Its export ends with the push.
+                let listed = match (map, &bitmap) {
+                    (Some(map), Some(bitmap)) => {
+                        Some(list_dirty(&map, bitmap, disk.size_bytes, &self.settings.tried).await?)
+                    }
+                    _ => None,
+                };
+                let data = self.receive(at, &disk, base, samples).await?;
+                (data, listed.map(|ranges| DirtyMap::Listed(Arc::new(ranges))))
             }
         };
         Ok(Readable { data, dirty, size_bytes: disk.size_bytes })
@@ -459,6 +474,25 @@ pub fn failure(tried: &str, error: GuardianError) -> Failure {
         _ => Status::Failed,
     };
     Failure { status, ..Failure::failed(tried, error) }
+}
+
+/// All dirty ranges of an exported bitmap. A million of them are 16 MiB.
+async fn list_dirty(uri: &Uri, bitmap: &str, size: u64, tried: &str) -> Outcome<Vec<Range<u64>>> {
+    let failed = |e| Failure::failed(tried, e);
+    let mut control = nbd::control(uri, Some(bitmap), tried).await?;
+    let context = control.session().context(&format!("qemu:dirty-bitmap:{bitmap}"));
+    let mut ranges: Vec<Range<u64>> = Vec::new();
+    let asked = control.changed(Extent::new(0, size), context, None, |changed| {
+        let range = changed.offset..changed.offset + changed.length;
+        match ranges.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => ranges.push(range),
+        }
+        Flow::Continue(())
+    });
+    asked.await.map_err(failed)?;
+    control.disconnect().await.map_err(failed)?;
+    Ok(ranges)
 }
 
 /// The bitmap's name in an NBD metadata context.

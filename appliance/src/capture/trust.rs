@@ -8,6 +8,7 @@ use icecore_nbd_client::{ChangedKind, Control, Flow};
 use icecore_qmp::bitmap::{Doubt, Sentinels};
 use icecore_repository::{BlockId, BlockIndex, DiskReader, Repository};
 
+use super::spool::Spool;
 use super::{Base, Data, DirtyMap, Readable};
 use crate::failure::{Failure, Outcome};
 use crate::nbd;
@@ -57,35 +58,26 @@ pub async fn test(
     let Some(map) = &readable.dirty else {
         return Err(Failure::failed(tried, "QEMU does not show the dirty bitmap"));
     };
-    let mut control = nbd::control(&map.uri, Some(&map.bitmap), tried).await?;
+    let mut witness = Witness::connect(readable, map, tried).await?;
     let mut trial = Trial { doubt: None, sampled_blocks: 0 };
     for range in Sentinels::new(base.size_bytes, base.granularity).ranges() {
         let range = Extent::new(range.start, range.end - range.start);
-        if dirty_bytes(&mut control, map, range, tried).await? != range.length {
+        if witness.dirty_bytes(range, tried).await? != range.length {
             trial.doubt = Some(Doubt::Contradiction);
             return Ok(trial);
         }
     }
-    if paranoid && holes_contradict(&mut control, map, readable, parent, tried).await? {
+    let size = parent.size_bytes().min(readable.size_bytes);
+    if paranoid && witness.holes_contradict(parent, size, tried).await? {
         trial.doubt = Some(Doubt::Contradiction);
         return Ok(trial);
     }
     for sample in samples {
         let range = Extent::new(sample.start, sample.end - sample.start);
-        if dirty_bytes(&mut control, map, range, tried).await? != 0 {
+        if witness.dirty_bytes(range, tried).await? != 0 {
             continue;
         }
-        let mut bytes = vec![0; range.length as usize];
-        match &readable.data {
-            Data::Export(_) => {
-                let read = control.read(range.offset, &mut bytes).await;
-                read.map_err(|e| Failure::failed(tried, e))?;
-            }
-            Data::Spool(spool) => {
-                let read = spool.read_at(range.offset, &mut bytes);
-                read.map_err(|e| Failure::failed(tried, e))?;
-            }
-        }
+        let bytes = witness.read(range, tried).await?;
         trial.sampled_blocks += 1;
         let index = BlockIndex(range.offset / u64::from(parent.block_size().bytes()));
         if repository.hasher().block_id(&bytes) != parent_id(parent, index, tried)? {
@@ -96,67 +88,119 @@ pub async fn test(
     Ok(trial)
 }
 
-/// Whether a block that the bitmap calls clean is a hole where the parent holds data. Walks the
-/// whole allocation map.
-async fn holes_contradict(
-    control: &mut Control,
-    map: &DirtyMap,
-    readable: &Readable,
-    parent: &DiskReader,
-    tried: &str,
-) -> Outcome<bool> {
-    // A map without data has no allocation to tell of.
-    let Data::Export(_) = readable.data else { return Ok(false) };
-    let Some(allocation) = control.session().context(nbd::ALLOCATION) else { return Ok(false) };
-    let block = u64::from(parent.block_size().bytes());
-    let size = parent.size_bytes().min(readable.size_bytes);
-    let mut at = 0;
-    while at < size {
-        let stretch = Extent::new(at, STRETCH_BYTES.min(size - at));
-        let mut zeroes = Vec::new();
-        let asked = control.changed(stretch, None, Some(allocation), |extent| {
+/// The disk and its bitmap, to be asked about small ranges.
+enum Witness<'a> {
+    Export { control: Control, bitmap: &'a str },
+    Pushed { spool: &'a Spool, dirty: &'a [Range<u64>] },
+}
+
+impl<'a> Witness<'a> {
+    async fn connect(readable: &'a Readable, map: &'a DirtyMap, tried: &str) -> Outcome<Self> {
+        match (&readable.data, map) {
+            (Data::Export(uri), DirtyMap::Export { bitmap }) => {
+                let control = nbd::control(uri, Some(bitmap), tried).await?;
+                Ok(Self::Export { control, bitmap })
+            }
+            (Data::Spool(spool), DirtyMap::Listed(dirty)) => Ok(Self::Pushed { spool, dirty }),
+            _ => Err(Failure::failed(tried, "the bitmap is not where the data are")),
+        }
+    }
+
+    async fn dirty_bytes(&mut self, range: Extent, tried: &str) -> Outcome<u64> {
+        let (control, bitmap) = match self {
+            Self::Export { control, bitmap } => (control, bitmap),
+            Self::Pushed { dirty, .. } => return Ok(overlap(dirty, range)),
+        };
+        let Some(id) = control.session().context(&format!("qemu:dirty-bitmap:{bitmap}")) else {
+            return Err(Failure::failed(tried, format!("the bitmap {bitmap} is not exported")));
+        };
+        let mut bytes = 0;
+        let count = |changed: icecore_nbd_client::Changed| {
+            bytes += changed.length;
+            Flow::Continue(())
+        };
+        let asked = control.changed(range, Some(id), None, count).await;
+        asked.map_err(|e| Failure::failed(tried, e))?;
+        Ok(bytes)
+    }
+
+    async fn read(&mut self, range: Extent, tried: &str) -> Outcome<Vec<u8>> {
+        let mut bytes = vec![0; range.length as usize];
+        match self {
+            Self::Export { control, .. } => {
+                let read = control.read(range.offset, &mut bytes).await;
+                read.map_err(|e| Failure::failed(tried, e))?;
+            }
+            Self::Pushed { spool, .. } => {
+                let read = spool.read_at(range.offset, &mut bytes);
+                read.map_err(|e| Failure::failed(tried, e))?;
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// Whether a block that the bitmap calls clean is a hole where the parent holds data. Walks
+    /// the whole allocation map; what was pushed has none.
+    async fn holes_contradict(
+        &mut self,
+        parent: &DiskReader,
+        size: u64,
+        tried: &str,
+    ) -> Outcome<bool> {
+        let mut at = 0;
+        while at < size {
+            let stretch = Extent::new(at, STRETCH_BYTES.min(size - at));
+            for hole in self.holes(stretch, tried).await? {
+                if self.hides_data(parent, hole, size, tried).await? {
+                    return Ok(true);
+                }
+            }
+            at = stretch.end();
+        }
+        Ok(false)
+    }
+
+    async fn holes(&mut self, stretch: Extent, tried: &str) -> Outcome<Vec<Extent>> {
+        let Self::Export { control, .. } = self else { return Ok(Vec::new()) };
+        let allocation = control.session().context(nbd::ALLOCATION);
+        let mut holes = Vec::new();
+        let asked = control.changed(stretch, None, allocation, |extent| {
             if extent.kind == ChangedKind::Zero {
-                zeroes
-                    .push((extent.offset.div_ceil(block), (extent.offset + extent.length) / block));
+                holes.push(Extent::new(extent.offset, extent.length));
             }
             Flow::Continue(())
         });
         asked.await.map_err(|e| Failure::failed(tried, e))?;
-        for (first, end) in zeroes {
-            for entry in parent.entries(BlockIndex(first)) {
-                let index = entry.map_err(|e| Failure::from_repository(tried, e))?.index;
-                if index.0 >= end {
-                    break;
-                }
-                let range = Extent::new(index.0 * block, block.min(size - index.0 * block));
-                if dirty_bytes(control, map, range, tried).await? == 0 {
-                    return Ok(true);
-                }
+        Ok(holes)
+    }
+
+    async fn hides_data(
+        &mut self,
+        parent: &DiskReader,
+        hole: Extent,
+        size: u64,
+        tried: &str,
+    ) -> Outcome<bool> {
+        let block = u64::from(parent.block_size().bytes());
+        for entry in parent.entries(BlockIndex(hole.offset.div_ceil(block))) {
+            let index = entry.map_err(|e| Failure::from_repository(tried, e))?.index;
+            let range = Extent::new(index.0 * block, block.min(size - index.0 * block));
+            if range.end() > hole.end() {
+                break;
+            }
+            if self.dirty_bytes(range, tried).await? == 0 {
+                return Ok(true);
             }
         }
-        at = stretch.end();
+        Ok(false)
     }
-    Ok(false)
 }
 
-async fn dirty_bytes(
-    control: &mut Control,
-    map: &DirtyMap,
-    range: Extent,
-    tried: &str,
-) -> Outcome<u64> {
-    let context = format!("qemu:dirty-bitmap:{}", map.bitmap);
-    let Some(id) = control.session().context(&context) else {
-        return Err(Failure::failed(tried, format!("the bitmap {} is not exported", map.bitmap)));
-    };
-    let mut dirty = 0;
-    let count = |changed: icecore_nbd_client::Changed| {
-        dirty += changed.length;
-        Flow::Continue(())
-    };
-    let asked = control.changed(range, Some(id), None, count).await;
-    asked.map_err(|e| Failure::failed(tried, e))?;
-    Ok(dirty)
+/// How many bytes of `range` lie in ascending, disjoint ranges.
+pub fn overlap(dirty: &[Range<u64>], range: Extent) -> u64 {
+    let first = dirty.partition_point(|dirty| dirty.end <= range.offset);
+    let within = dirty[first..].iter().take_while(|dirty| dirty.start < range.end());
+    within.map(|d| d.end.min(range.end()) - d.start.max(range.offset)).sum()
 }
 
 fn next_data(parent: &DiskReader, from: BlockIndex, tried: &str) -> Outcome<Option<BlockIndex>> {
@@ -175,5 +219,19 @@ fn parent_id(parent: &DiskReader, index: BlockIndex, tried: &str) -> Outcome<Blo
             Ok(if entry.index == index { entry.id } else { BlockId::ZERO })
         }
         None => Ok(BlockId::ZERO),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overlaps_are_counted_in_bytes() {
+        let dirty = [0..10, 20..30, 40..50];
+        assert_eq!(overlap(&dirty, Extent::new(5, 20)), 10);
+        assert_eq!(overlap(&dirty, Extent::new(10, 10)), 0);
+        assert_eq!(overlap(&dirty, Extent::new(0, 100)), 30);
+        assert_eq!(overlap(&[], Extent::new(0, 100)), 0);
     }
 }

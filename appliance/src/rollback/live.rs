@@ -14,7 +14,7 @@ use icecore_qmp::recover::{Intents, RollbackIntent, ServerIntent, StopIntent};
 use super::{Chosen, Known, Rollback, RolledBack, ranges};
 use crate::capture::qmp::{QmpCapture, Settings, disk_intent_of, failure, guardian_base};
 use crate::capture::scratch::ScratchDir;
-use crate::capture::{Capture, Data, Fate, SeenDisk, Task};
+use crate::capture::{Capture, Data, DirtyMap, Fate, SeenDisk, Task};
 use crate::failure::{Failure, Outcome};
 use crate::nbd;
 use crate::state::IntentLog;
@@ -178,9 +178,8 @@ impl Rollback<'_> {
                 return Err(Failure::refused(self.tried, why));
             };
             let dirty = match (known, &readable.dirty) {
-                (Some(known), Some(map)) => {
-                    let name = &map.bitmap;
-                    let mut control = nbd::control(&map.uri, Some(name), self.tried).await?;
+                (Some(known), Some(DirtyMap::Export { bitmap: name })) => {
+                    let mut control = nbd::control(uri, Some(name), self.tried).await?;
                     let size = readable.size_bytes;
                     ranges::dirty(&mut control, name, &known.base, size, block, self.tried).await?
                 }

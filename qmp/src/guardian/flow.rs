@@ -293,9 +293,24 @@ impl Keeper {
             self.end_export(&run.name(push.disk, Role::Export)).await?;
             self.steps(&plan::push_bitmap(run, push.disk, &disk, base, &push.samples)).await?;
         }
+        self.forget_push(push.disk).await?;
         let node = Call::push_node(run, push.disk, &push.socket, &push.export);
         self.call(&node, CALL_WAIT).await?;
         self.call(&Call::push_job(run, push.disk, push.base.is_none()), CALL_WAIT).await
+    }
+
+    /// Takes away an earlier push of the disk, which has ended.
+    async fn forget_push(&mut self, disk: DiskIndex) -> Result<(), GuardianError> {
+        let run = self.intents.run;
+        let (job, node) = (run.name(disk, Role::Job), run.name(disk, Role::Push));
+        let seen = self.observe().await?;
+        if seen.job(&job).is_some_and(|job| job.concluded) {
+            self.call(&Call::dismiss_job(&job), CALL_WAIT).await?;
+        }
+        if seen.node(&node).is_some() {
+            self.call(&Call::remove_node(&node), CALL_WAIT).await?;
+        }
+        Ok(())
     }
 
     async fn end_export(&mut self, id: &str) -> Result<(), GuardianError> {
