@@ -103,7 +103,7 @@ impl Qemu {
             let path = dir.path().join(socket);
             command.args(["-qmp", &format!("unix:{},server=on,wait=off", path.display())]);
         }
-        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).current_dir(dir.path());
         let child = command.spawn().expect("QEMU starts");
         let side = connect(&dir.path().join("side")).await;
         Self { child, dir, side, disks: machine.disks.len() }
