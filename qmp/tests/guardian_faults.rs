@@ -46,7 +46,18 @@ fn greedy_client(socket: &std::path::Path, export: &str) -> UnixStream {
 /// FAULTS 51: a worker that is stopped in mid-copy; then somebody else stops the VM.
 #[tokio::test]
 async fn a_stalled_worker_does_not_stall_the_guest() {
-    let qemu = Qemu::start(&Machine::plain()).await;
+    stall(Qemu::start(&Machine::plain()).await).await;
+}
+
+#[tokio::test]
+async fn nor_one_whose_disks_are_in_an_iothread() {
+    let qemu = Qemu::start(&Machine::iothread()).await;
+    if qemu.exports_from_iothreads() {
+        stall(qemu).await;
+    }
+}
+
+async fn stall(qemu: Qemu) {
     let (client, thread) = qemu.connected().await;
     qemu.ask("cont", Value::Null).await;
     qemu.write(0, 9, 0..16 * MIB).await;
@@ -60,7 +71,8 @@ async fn a_stalled_worker_does_not_stall_the_guest() {
     qemu.ask("cont", Value::Null).await;
     let error = client.sizes().await.expect_err("cut");
     assert!(matches!(error.kind, ErrorKind::WorkerStalled | ErrorKind::Timeout), "{error}");
-    let both = [bitmap("p1", "vd0"), bitmap("p1", "vd1")];
+    let disks = qemu.inventory().await.disks;
+    let both: Vec<_> = disks.iter().map(|disk| bitmap("p1", &disk.id)).collect();
     qemu.assert_clean(&both).await;
     client.drop_new().await.expect("dropped");
     qemu.assert_clean(&[]).await;

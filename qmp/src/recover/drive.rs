@@ -10,9 +10,9 @@ use super::plan::{plan, remains};
 use super::{
     Effect, FreezeIntent, GuestFs, Intents, ScratchHealth, ServerIntent, Situation, StopIntent,
 };
-use crate::capture::{Call, Role};
 use crate::capture::link::{CALL_WAIT, Link};
 use crate::capture::observe::Observed;
+use crate::capture::{Call, Role};
 use crate::errors::QmpError;
 
 /// One attempt to thaw before the rest of the plan goes on; the next round tries again.
