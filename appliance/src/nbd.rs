@@ -1,11 +1,14 @@
 //! Joins the NBD client to the data plane, which knows no NBD.
 
+use std::ops::{Deref, DerefMut};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 
 use icecore_io_engine::{Lane, Op, Want, Wire, WireError, WireErrorKind};
 use icecore_nbd_client::error::{ProtocolError, RequestError, SubmitError};
 use icecore_nbd_client::transmission::{self, Transmission};
 use icecore_nbd_client::{Blocking, Control, Endpoint, Options, Uri};
+use icecore_qmp::guardian::GuardianClient;
 
 use crate::failure::{Failure, Outcome};
 
@@ -15,38 +18,120 @@ const LANES_MAX: usize = 4;
 /// What an export can tell about its content.
 pub const ALLOCATION: &str = "base:allocation";
 
-/// The URI of an export on a unix socket.
-pub fn unix_uri(socket: &Path, export: &str) -> Uri {
+/// An export, and who has to be able to end our connections to it.
+#[derive(Debug, Clone)]
+pub struct Peer {
+    pub uri: Uri,
+    /// The guardian of the QEMU that serves it: an unread reply of ours would make that QEMU wait.
+    guardian: Option<GuardianClient>,
+}
+
+impl Peer {
+    /// An export of a server that serves no guest.
+    pub fn plain(uri: Uri) -> Self {
+        Self { uri, guardian: None }
+    }
+
+    /// An export on a unix socket of a server that serves no guest.
+    pub fn on_socket(socket: &Path, export: &str) -> Self {
+        Self::plain(unix_uri(socket, export))
+    }
+
+    /// An export of a QEMU with a guest.
+    pub fn of_qemu(socket: &Path, export: &str, guardian: &GuardianClient) -> Self {
+        Self { uri: unix_uri(socket, export), guardian: Some(guardian.clone()) }
+    }
+
+    async fn connect(&self, options: &Options, tried: &str) -> Outcome<(Control, HangUp)> {
+        let control = Control::connect(&self.uri, options).await;
+        let control = control.map_err(|e| Failure::failed(tried, e))?;
+        let failed = |e: std::io::Error| Failure::failed(tried, e);
+        if let Some(guardian) = &self.guardian {
+            guardian.leash(control.as_fd()).map_err(failed)?;
+        }
+        let hang_up = HangUp(control.as_fd().try_clone_to_owned().map_err(failed)?);
+        Ok((control, hang_up))
+    }
+}
+
+fn unix_uri(socket: &Path, export: &str) -> Uri {
     Uri { endpoint: Endpoint::Unix(socket.to_owned()), export: export.to_owned() }
 }
 
+/// Ends a connection when it is dropped: the guardian holds the socket, too, so closing it here
+/// would not be noticed at the other end.
+#[derive(Debug)]
+pub struct HangUp(OwnedFd);
+
+impl Drop for HangUp {
+    fn drop(&mut self) {
+        // A peer that is gone has hung up already.
+        let _ = rustix::net::shutdown(&self.0, rustix::net::Shutdown::Both);
+    }
+}
+
+/// A connection for questions.
+#[derive(Debug)]
+pub struct Questions {
+    control: Control,
+    _hang_up: HangUp,
+}
+
+impl Questions {
+    /// Says goodbye.
+    pub async fn disconnect(self) -> Result<(), icecore_nbd_client::Error> {
+        self.control.disconnect().await
+    }
+}
+
+impl Deref for Questions {
+    type Target = Control;
+
+    fn deref(&self) -> &Control {
+        &self.control
+    }
+}
+
+impl DerefMut for Questions {
+    fn deref_mut(&mut self) -> &mut Control {
+        &mut self.control
+    }
+}
+
+/// Connections for data, to be kept as long as the lanes are used.
+#[derive(Debug)]
+pub struct Lanes {
+    pub set: Vec<Lane>,
+    pub hang_up: Vec<HangUp>,
+}
+
 /// Connects once, for questions about the export. `bitmap` is required when given.
-pub async fn control(uri: &Uri, bitmap: Option<&str>, tried: &str) -> Outcome<Control> {
+pub async fn control(peer: &Peer, bitmap: Option<&str>, tried: &str) -> Outcome<Questions> {
     let options = Options {
         contexts: bitmap.map(|name| format!("qemu:dirty-bitmap:{name}")).into_iter().collect(),
         optional_contexts: vec![ALLOCATION.into()],
         ..Options::default()
     };
-    Control::connect(uri, &options).await.map_err(|e| Failure::failed(tried, e))
+    let (control, hang_up) = peer.connect(&options, tried).await?;
+    Ok(Questions { control, _hang_up: hang_up })
 }
 
 /// Connects as often as the server allows, for data.
-pub async fn lanes(uri: &Uri, tried: &str) -> Outcome<Vec<Lane>> {
-    let failed = |e| Failure::failed(tried, e);
-    let first = Control::connect(uri, &Options::default()).await.map_err(failed)?;
-    let count = if first.export().multi_conn() { LANES_MAX } else { 1 };
-    let mut lanes = vec![lane(first, tried)?];
-    while lanes.len() < count {
-        let more = Control::connect(uri, &Options::default()).await.map_err(failed)?;
-        lanes.push(lane(more, tried)?);
+pub async fn lanes(peer: &Peer, tried: &str) -> Outcome<Lanes> {
+    let options = Options::default();
+    let mut lanes = Lanes { set: Vec::new(), hang_up: Vec::new() };
+    let mut wanted = 1;
+    while lanes.set.len() < wanted {
+        let (control, hang_up) = peer.connect(&options, tried).await?;
+        if control.export().multi_conn() {
+            wanted = LANES_MAX;
+        }
+        let (fd, transmission) =
+            control.into_stream(Blocking::Yes).map_err(|e| Failure::failed(tried, e))?;
+        lanes.set.push(Lane::Stream { fd, wire: Box::new(NbdWire(transmission)) });
+        lanes.hang_up.push(hang_up);
     }
     Ok(lanes)
-}
-
-fn lane(control: Control, tried: &str) -> Outcome<Lane> {
-    let (fd, transmission) =
-        control.into_stream(Blocking::Yes).map_err(|e| Failure::failed(tried, e))?;
-    Ok(Lane::Stream { fd, wire: Box::new(NbdWire(transmission)) })
 }
 
 /// NBD's transmission phase as the data plane wants it.

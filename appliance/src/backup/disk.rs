@@ -23,7 +23,7 @@ use crate::capture::trust::{self, Trial};
 use crate::capture::{Capture, Data, DirtyMap, Readable};
 use crate::data;
 use crate::failure::{Failure, Outcome};
-use crate::nbd;
+use crate::nbd::{self, Lanes};
 use crate::progress::{Meter, Progress};
 use crate::report::Latency;
 
@@ -186,7 +186,8 @@ impl<C: Capture> Backup<'_, C> {
         let tried = format!("read disk {} of {}", disk.seen.id, self.request.vm);
         let (lanes, items) = self.source(decision, readable, &tried).await?;
         let set =
-            LaneSet::new(lanes, self.context.engine).map_err(|e| Failure::failed(&tried, e))?;
+            LaneSet::new(lanes.set, self.context.engine).map_err(|e| Failure::failed(&tried, e))?;
+        let _hang_up = lanes.hang_up;
         let (items, counted) = Counted::new(items);
         let mut options = data::options(self.context, &self.interrupt.flag());
         options.control.pulse = self.job.pulse();
@@ -225,7 +226,7 @@ impl<C: Capture> Backup<'_, C> {
         decision: &Decision,
         readable: &Readable,
         tried: &str,
-    ) -> Outcome<(Vec<Lane>, Items)> {
+    ) -> Outcome<(Lanes, Items)> {
         match &readable.data {
             Data::Export(uri) => {
                 let bitmap = match &readable.dirty {
@@ -246,8 +247,8 @@ impl<C: Capture> Backup<'_, C> {
             Data::Spool(spool) => {
                 require_all_pushed(spool, decision, readable, tried)?;
                 let file = spool.file().map_err(|e| Failure::failed(tried, e))?;
-                let lanes =
-                    Lane::files(file, SPOOL_LANES).map_err(|e| Failure::failed(tried, e))?;
+                let set = Lane::files(file, SPOOL_LANES).map_err(|e| Failure::failed(tried, e))?;
+                let lanes = Lanes { set, hang_up: Vec::new() };
                 Ok((lanes, Box::new(spool.items().into_iter().map(Ok))))
             }
         }

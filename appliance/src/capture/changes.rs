@@ -2,10 +2,10 @@
 
 use icecore_io_engine::{ReadItem, Span};
 use icecore_nbd_client::extents::Extent;
-use icecore_nbd_client::{Changed, ChangedKind, Control, Flow};
+use icecore_nbd_client::{Changed, ChangedKind, Flow};
 use tokio::sync::mpsc;
 
-use crate::nbd::ALLOCATION;
+use crate::nbd::{ALLOCATION, Questions};
 
 /// A stretch is asked for as a whole and its answer held while it is read: the connection has
 /// nothing unread in it, however slowly the data plane goes on. At most 131,072 extents of 64 KiB.
@@ -26,7 +26,7 @@ pub enum Scope {
 }
 
 /// Streams what is to be read of a disk of `size` bytes. Dropping the receiver ends the work.
-pub fn stream(control: Control, scope: Scope, size: u64) -> Changes {
+pub fn stream(control: Questions, scope: Scope, size: u64) -> Changes {
     let (items, receiver) = mpsc::channel(ITEMS_AHEAD);
     tokio::spawn(async move {
         let mut source = Source { control, scope, size };
@@ -53,7 +53,7 @@ impl Iterator for Changes {
 }
 
 struct Source {
-    control: Control,
+    control: Questions,
     scope: Scope,
     size: u64,
 }

@@ -17,7 +17,7 @@ use serde_json::json;
 use super::{Base, Capture, Data, DirtyMap, Fate, Readable, SeenDisk, Taken, Task};
 use crate::failure::{Failure, Outcome};
 use crate::image::{self, ImageInfo, Served, StorageDaemon};
-use crate::nbd;
+use crate::nbd::Peer;
 use crate::report::Unprotected;
 use crate::state::make_private_dir;
 
@@ -212,7 +212,7 @@ impl Capture for ImageCapture {
         let bitmap = base.map(|base| base.bitmap.to_string());
         let served = Served::Shared { bitmap: bitmap.clone() };
         let daemon = StorageDaemon::start(&image.named.path, image.info.format, &served, &dir)?;
-        let uri = nbd::unix_uri(daemon.socket(), daemon.export());
+        let uri = Peer::on_socket(daemon.socket(), daemon.export());
         let size_bytes = image.info.size_bytes;
         image.daemon = Some(daemon);
         let dirty = bitmap.map(|bitmap| DirtyMap::Export { bitmap });

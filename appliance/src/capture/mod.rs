@@ -15,13 +15,13 @@ pub mod trust;
 use std::ops::Range;
 use std::sync::Arc;
 
-use icecore_nbd_client::Uri;
 use icecore_qmp::bitmap::{Bitmap, BitmapName, Granularity};
 use icecore_qmp::inventory::Identity;
 use icecore_repository::{Consistency, DiskId};
 use jiff::Timestamp;
 
 use crate::failure::Outcome;
+use crate::nbd::Peer;
 use crate::report::Unprotected;
 use spool::Spool;
 
@@ -93,7 +93,7 @@ pub struct Readable {
 #[derive(Debug, Clone)]
 pub enum Data {
     /// In an export.
-    Export(Uri),
+    Export(Peer),
     /// Here: they were pushed.
     Spool(Arc<Spool>),
 }

@@ -1,14 +1,15 @@
 //! The capture of a running VM through its QMP socket, by way of the guardian.
 
 use std::ops::Range;
+use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use icecore_nbd_client::Flow;
 use icecore_nbd_client::extents::Extent;
 use icecore_nbd_client::server::{Server, ServerOptions};
-use icecore_nbd_client::{Flow, Uri};
 use icecore_qmp::bitmap::{Granularity, NamePart, Owner};
 use icecore_qmp::capture::RunId;
 use icecore_qmp::capture::plan::{Base as GuardianBase, DiskPlan, NewBitmap, Scratch};
@@ -25,13 +26,14 @@ use icecore_qmp::recover::{
 use icecore_repository::{Consistency, ConsistencyLevel};
 use jiff::Timestamp;
 use serde_json::json;
+use tokio::net::UnixListener;
 
 use super::scratch::{Owner as User, ScratchDir};
 use super::spool::Spool;
 use super::{Base, Capture, Data, DirtyMap, Fate, Readable, SeenDisk, Taken, Task};
 use crate::failure::{Failure, Outcome, Status};
 use crate::interrupt::Interrupt;
-use crate::nbd;
+use crate::nbd::{self, Peer};
 use crate::report::Unprotected;
 use crate::state::IntentLog;
 
@@ -238,8 +240,9 @@ impl QmpCapture {
             vec![(PUSH_EXPORT.into(), Arc::clone(&spool) as _)],
             ServerOptions::default(),
         );
-        let listening = server.listen_unix(&socket, 0o600).map_err(failed)?;
+        let listener = UnixListener::bind(&socket).map_err(failed)?;
         scratch.give_away(&socket).map_err(failed)?;
+        let serving = tokio::spawn(serve_push(listener, server, self.guardian.clone()));
         // What was added to the disk is in no bitmap.
         let grown = base.map(|base| base.size_bytes..disk.size_bytes).filter(|r| !r.is_empty());
         let push = Push {
@@ -249,9 +252,13 @@ impl QmpCapture {
             base: base.map(guardian_base),
             samples: samples.iter().cloned().chain(grown).collect(),
         };
-        self.guardian.push(push.clone()).await.map_err(|e| self.failed(e))?;
-        self.wait_for_push(push.disk).await?;
-        listening.stop().await;
+        let number = push.disk;
+        let pushed = match self.guardian.push(push).await {
+            Ok(()) => self.wait_for_push(number).await,
+            Err(e) => Err(self.failed(e)),
+        };
+        serving.abort();
+        pushed?;
         if base.is_none()
             && let Some(missing) = spool.missing(0, disk.size_bytes)
         {
@@ -342,7 +349,8 @@ impl Capture for QmpCapture {
         let Some(disk) = exposed else {
             return Err(Failure::failed(&self.settings.tried, "the disk is not exposed"));
         };
-        let uri = disk.export.as_ref().map(|export| nbd::unix_uri(&self.server_socket(), export));
+        let uri = disk.export.as_ref();
+        let uri = uri.map(|e| Peer::of_qemu(&self.server_socket(), e, &self.guardian));
         let bitmap = base.and_then(|_| dirty_name(disk.dirty_context.as_deref()));
         let (data, dirty) = match (disk.form, uri) {
             (Form::Pull, Some(uri)) => {
@@ -476,8 +484,21 @@ pub fn failure(tried: &str, error: GuardianError) -> Failure {
     Failure { status, ..Failure::failed(tried, error) }
 }
 
+/// Serves QEMU's connection for a push; the guardian can end it, too.
+async fn serve_push(listener: UnixListener, server: Server, guardian: GuardianClient) {
+    while let Ok((stream, _)) = listener.accept().await {
+        if let Err(error) = guardian.leash(stream.as_fd()) {
+            tracing::warn!("a push is refused, for the guardian could not end it: {error}");
+            return;
+        }
+        if let Err(error) = server.serve_stream(stream).await {
+            tracing::debug!("a push has ended: {error}");
+        }
+    }
+}
+
 /// All dirty ranges of an exported bitmap. A million of them are 16 MiB.
-async fn list_dirty(uri: &Uri, bitmap: &str, size: u64, tried: &str) -> Outcome<Vec<Range<u64>>> {
+async fn list_dirty(uri: &Peer, bitmap: &str, size: u64, tried: &str) -> Outcome<Vec<Range<u64>>> {
     let failed = |e| Failure::failed(tried, e);
     let mut control = nbd::control(uri, Some(bitmap), tried).await?;
     let context = control.session().context(&format!("qemu:dirty-bitmap:{bitmap}"));

@@ -18,6 +18,9 @@ const FREE_PERCENT_MIN: u64 = 10;
 /// A qcow2 without a single data cluster takes 256 KiB; less than this holds nothing.
 const SCRATCH_BYTES_MIN: u64 = 512 << 10;
 
+/// QEMU's sector.
+const SECTOR: u64 = 512;
+
 /// `f_type` of file systems whose answer may take longer than a guest can wait.
 const NETWORK_FILE_SYSTEMS: [(i64, &str); 8] = [
     (0x6969, "NFS"),
@@ -136,7 +139,9 @@ impl Drop for ScratchDir {
 /// The cap of one scratch. A qcow2 of a disk needs some more than the disk: 1 MiB and 0.1 %.
 fn cap(size: u64, share: u64, limit: Option<u64>) -> u64 {
     let whole = size.saturating_add(size / 1024).saturating_add(1 << 20);
-    whole.min(share).min(limit.unwrap_or(u64::MAX))
+    let cap = whole.min(share).min(limit.unwrap_or(u64::MAX));
+    // QEMU counts in sectors.
+    cap - cap % SECTOR
 }
 
 /// Bytes that scratch images may take here: half of what is free, and never the last tenth.

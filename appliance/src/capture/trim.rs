@@ -4,11 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use icecore_nbd_client::{Control, Uri};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use crate::nbd;
+use crate::nbd::{self, Peer, Questions};
 
 /// Less than this is not worth a request.
 const STEP_BYTES: u64 = 64 << 20;
@@ -27,8 +26,8 @@ pub struct Trimmer {
 
 impl Trimmer {
     /// Begins where the export takes TRIM; elsewhere there is nothing to give back.
-    pub async fn start(uri: &Uri) -> Option<Self> {
-        let control = nbd::control(uri, None, "give scratch space back").await.ok()?;
+    pub async fn start(peer: &Peer) -> Option<Self> {
+        let control = nbd::control(peer, None, "give scratch space back").await.ok()?;
         if control.export().read_only() {
             return None;
         }
@@ -57,7 +56,7 @@ impl Drop for Trimmer {
     }
 }
 
-async fn follow(mut control: Control, mark: Arc<AtomicU64>, mut stopped: oneshot::Receiver<()>) {
+async fn follow(mut control: Questions, mark: Arc<AtomicU64>, mut stopped: oneshot::Receiver<()>) {
     let mut done = 0;
     loop {
         tokio::select! {

@@ -4,14 +4,14 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use icecore_nbd_client::extents::Extent;
-use icecore_nbd_client::{ChangedKind, Control, Flow};
+use icecore_nbd_client::{ChangedKind, Flow};
 use icecore_qmp::bitmap::{Doubt, Sentinels};
 use icecore_repository::{BlockId, BlockIndex, DiskReader, Repository};
 
 use super::spool::Spool;
 use super::{Base, Data, DirtyMap, Readable};
 use crate::failure::{Failure, Outcome};
-use crate::nbd;
+use crate::nbd::{self, Questions};
 
 /// Clean blocks that are read and compared in each incremental.
 const SAMPLES: usize = 8;
@@ -90,7 +90,7 @@ pub async fn test(
 
 /// The disk and its bitmap, to be asked about small ranges.
 enum Witness<'a> {
-    Export { control: Control, bitmap: &'a str },
+    Export { control: Questions, bitmap: &'a str },
     Pushed { spool: &'a Spool, dirty: &'a [Range<u64>] },
 }
 

@@ -22,7 +22,7 @@ use crate::failure::{Failure, Outcome};
 use crate::image::{self, Format, Served, StorageDaemon};
 use crate::interrupt::Interrupt;
 use crate::job::Job;
-use crate::nbd;
+use crate::nbd::{self, Lanes, Peer};
 use crate::progress::{Meter, Progress};
 use crate::state::sync_parent;
 
@@ -119,7 +119,8 @@ impl Restore<'_> {
         let file = options.open(partial).map_err(failed)?;
         file.set_len(reader.size_bytes()).map_err(failed)?;
         let kept = file.try_clone().map_err(failed)?;
-        let lanes = Lane::files(file, FILE_LANES).map_err(|e| Failure::failed(tried, e))?;
+        let set = Lane::files(file, FILE_LANES).map_err(|e| Failure::failed(tried, e))?;
+        let lanes = Lanes { set, hang_up: Vec::new() };
         let stats = self.run(reader, lanes, TargetState::Blank, tried).await?;
         kept.sync_all().map_err(failed)?;
         Ok(stats)
@@ -134,7 +135,7 @@ impl Restore<'_> {
         image::create_qcow2(partial, reader.size_bytes(), tried)?;
         let dir = self.context.state.dir("run")?;
         let daemon = StorageDaemon::start(partial, Format::Qcow2, &Served::Exclusive, &dir)?;
-        let uri = nbd::unix_uri(daemon.socket(), daemon.export());
+        let uri = Peer::on_socket(daemon.socket(), daemon.export());
         let lanes = nbd::lanes(&uri, tried).await?;
         let stats = self.run(reader, lanes, TargetState::Blank, tried).await?;
         daemon.stop()?;
@@ -158,7 +159,8 @@ impl Restore<'_> {
         let size = std::io::Seek::seek(&mut &file, std::io::SeekFrom::End(0)).map_err(failed)?;
         require_room(size, reader.size_bytes(), tried)?;
         let kept = file.try_clone().map_err(failed)?;
-        let lanes = Lane::files(file, FILE_LANES).map_err(|e| Failure::failed(tried, e))?;
+        let set = Lane::files(file, FILE_LANES).map_err(|e| Failure::failed(tried, e))?;
+        let lanes = Lanes { set, hang_up: Vec::new() };
         let result = self.run(reader, lanes, TargetState::Unknown, tried).await;
         if result.is_err() {
             let length = WIPE_BYTES.min(usize::try_from(size).unwrap_or(WIPE_BYTES));
@@ -170,6 +172,7 @@ impl Restore<'_> {
 
     async fn export(&self, reader: DiskReader, uri: &str, tried: &str) -> Outcome<RestoreStats> {
         let uri: Uri = uri.parse().map_err(|e| Failure::usage(tried, e))?;
+        let uri = Peer::plain(uri);
         let control = nbd::control(&uri, None, tried).await?;
         require_room(control.export().size_bytes, reader.size_bytes(), tried)?;
         if control.export().read_only() {
@@ -188,12 +191,13 @@ impl Restore<'_> {
     async fn run(
         &self,
         reader: DiskReader,
-        lanes: Vec<Lane>,
+        lanes: Lanes,
         state: TargetState,
         tried: &str,
     ) -> Outcome<RestoreStats> {
         let mut set =
-            LaneSet::new(lanes, self.context.engine).map_err(|e| Failure::failed(tried, e))?;
+            LaneSet::new(lanes.set, self.context.engine).map_err(|e| Failure::failed(tried, e))?;
+        let _hang_up = lanes.hang_up;
         let options = data::options(self.context, &self.interrupt.flag());
         let meter = Meter::new(reader.size_bytes(), options.control.progress.clone());
         let _shown =
@@ -236,7 +240,7 @@ fn note_wipe(tried: &str, wiped: Result<(), String>) {
     }
 }
 
-async fn wipe_export(uri: &Uri, tried: &str) -> Outcome<()> {
+async fn wipe_export(uri: &Peer, tried: &str) -> Outcome<()> {
     let mut control = nbd::control(uri, None, tried).await?;
     let failed = |e| Failure::failed(tried, e);
     let length = WIPE_BYTES.min(usize::try_from(control.export().size_bytes).unwrap_or(WIPE_BYTES));

@@ -8,7 +8,7 @@ use crate::capture::Capture;
 use crate::capture::image::{ImageCapture, Named};
 use crate::failure::{Failure, Outcome};
 use crate::image::{self, Served, StorageDaemon};
-use crate::nbd;
+use crate::nbd::{self, Peer};
 use crate::report::BackupReport;
 
 impl Rollback<'_> {
@@ -79,7 +79,7 @@ impl Rollback<'_> {
             false => Served::Exclusive,
         };
         let daemon = StorageDaemon::start(path, format, &served, &dir)?;
-        let uri = nbd::unix_uri(daemon.socket(), daemon.export());
+        let uri = Peer::on_socket(daemon.socket(), daemon.export());
         let blocks = self.ranges(disk, known.as_ref().zip(dirty), &uri).await?;
         if self.request.dry_run {
             return Ok(self.described(disk, &blocks));
@@ -100,7 +100,7 @@ impl Rollback<'_> {
         let name = known.base.bitmap.to_string();
         let served = Served::Shared { bitmap: Some(name.clone()) };
         let daemon = StorageDaemon::start(path, format, &served, dir)?;
-        let uri = nbd::unix_uri(daemon.socket(), daemon.export());
+        let uri = Peer::on_socket(daemon.socket(), daemon.export());
         let mut control = nbd::control(&uri, Some(&name), self.tried).await?;
         let block = u64::from(self.repository.block_size().bytes());
         ranges::dirty(&mut control, &name, &known.base, disk.seen.size_bytes, block, self.tried)

@@ -16,7 +16,7 @@ use crate::capture::qmp::{QmpCapture, Settings, disk_intent_of, failure, guardia
 use crate::capture::scratch::ScratchDir;
 use crate::capture::{Capture, Data, DirtyMap, Fate, SeenDisk, Task};
 use crate::failure::{Failure, Outcome};
-use crate::nbd;
+use crate::nbd::{self, Peer};
 use crate::state::IntentLog;
 
 /// A running VM that is to be rolled back.
@@ -99,7 +99,7 @@ impl Rollback<'_> {
         held.begin_writing(self.tried).await?;
         let mut rolled = Vec::with_capacity(chosen.len());
         for ((chosen, blocks), writable) in chosen.iter().zip(plans).zip(&exposed) {
-            let uri = nbd::unix_uri(&held.socket, &writable.export);
+            let uri = Peer::of_qemu(&held.socket, &writable.export, &held.guardian);
             rolled.push(self.write(&chosen.seen.id, &uri, blocks).await?);
         }
         pulse.abort();
@@ -124,7 +124,7 @@ impl Rollback<'_> {
         let dirty = match (known, &writable.map_export, &writable.dirty_context) {
             (Some(known), Some(map), Some(context)) => {
                 let name = context.strip_prefix("qemu:dirty-bitmap:").unwrap_or(context);
-                let uri = nbd::unix_uri(&held.socket, map);
+                let uri = Peer::of_qemu(&held.socket, map, &held.guardian);
                 let mut control = nbd::control(&uri, Some(name), self.tried).await?;
                 let block = u64::from(self.repository.block_size().bytes());
                 let size = chosen.seen.size_bytes;
@@ -132,7 +132,7 @@ impl Rollback<'_> {
             }
             _ => None,
         };
-        let uri = nbd::unix_uri(&held.socket, &writable.export);
+        let uri = Peer::of_qemu(&held.socket, &writable.export, &held.guardian);
         self.ranges(chosen, known.zip(dirty), &uri).await
     }
 

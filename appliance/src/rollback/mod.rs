@@ -11,7 +11,6 @@ mod write;
 pub use live::Live;
 
 use icecore_io_engine::{BlockRange, LaneSet};
-use icecore_nbd_client::Uri;
 use icecore_qmp::bitmap::{NamePart, Owner};
 use icecore_repository::{DiskId, DiskReader, Point, PointDisk, Repository};
 use serde::Serialize;
@@ -22,7 +21,7 @@ use crate::context::Context;
 use crate::failure::{Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::job::Job;
-use crate::nbd;
+use crate::nbd::{self, Peer};
 use crate::report::BackupReport;
 
 /// What the user asked for, validated.
@@ -156,7 +155,7 @@ impl Rollback<'_> {
         &self,
         chosen: &Chosen,
         dirty: Option<(&Known, Vec<BlockRange>)>,
-        uri: &Uri,
+        uri: &Peer,
     ) -> Outcome<Vec<BlockRange>> {
         let wanted = self.reader(self.point, &chosen.seen.id)?;
         match dirty {
@@ -169,10 +168,11 @@ impl Rollback<'_> {
         }
     }
 
-    async fn compared(&self, wanted: DiskReader, uri: &Uri) -> Outcome<Vec<BlockRange>> {
+    async fn compared(&self, wanted: DiskReader, uri: &Peer) -> Outcome<Vec<BlockRange>> {
         let lanes = nbd::lanes(uri, self.tried).await?;
-        let mut set =
-            LaneSet::new(lanes, self.context.engine).map_err(|e| Failure::failed(self.tried, e))?;
+        let mut set = LaneSet::new(lanes.set, self.context.engine)
+            .map_err(|e| Failure::failed(self.tried, e))?;
+        let _hang_up = lanes.hang_up;
         let mut options = crate::data::options(self.context, &self.interrupt.flag());
         options.control.pulse = self.job.pulse();
         let hasher = self.repository.hasher();

@@ -6,13 +6,12 @@ use icecore_io_engine::{
     BlockRange, BlockRanges, EngineError, LaneSet, Options, TargetState, Verify, compare_blocks,
     dry_run, restore, whole_disk,
 };
-use icecore_nbd_client::Uri;
 use icecore_repository::{BlockHasher, DiskId, DiskReader};
 
 use super::{Rollback, RolledBackDisk, ranges};
 use crate::data;
 use crate::failure::{Failure, Outcome};
-use crate::nbd;
+use crate::nbd::{self, Peer};
 use crate::progress::{Meter, Progress};
 use crate::restore;
 
@@ -25,7 +24,7 @@ impl Rollback<'_> {
     pub(super) async fn write(
         &self,
         disk: &DiskId,
-        uri: &Uri,
+        uri: &Peer,
         blocks: Vec<BlockRange>,
     ) -> Outcome<RolledBackDisk> {
         let started = Instant::now();
@@ -35,7 +34,8 @@ impl Rollback<'_> {
         let differing_bytes = ranges::bytes(&blocks, block, wanted.size_bytes());
         let lanes = nbd::lanes(uri, &tried).await?;
         let mut set =
-            LaneSet::new(lanes, self.context.engine).map_err(|e| Failure::failed(&tried, e))?;
+            LaneSet::new(lanes.set, self.context.engine).map_err(|e| Failure::failed(&tried, e))?;
+        let hang_up = lanes.hang_up;
         // From the first write on there is only one way: an interrupt is heard when it is done.
         let mut options = data::options(self.context, &Default::default());
         options.control.pulse = self.job.pulse();
@@ -53,6 +53,7 @@ impl Rollback<'_> {
         })
         .await
         .map_err(|e| restore::failure(&tried, e))?;
+        drop(hang_up);
         Ok(RolledBackDisk {
             disk: disk.to_string(),
             differing_bytes,

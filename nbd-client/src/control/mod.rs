@@ -11,7 +11,7 @@ mod status;
 mod status_plan;
 mod stream;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
@@ -66,6 +66,13 @@ pub enum Blocking {
     Yes,
     /// Reads and writes return `EAGAIN`.
     No,
+}
+
+impl AsFd for Control {
+    /// The socket: to be ended from outside, never to be read or written.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
 }
 
 /// An open export.

@@ -1,7 +1,7 @@
 //! The sockets that carry NBD.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
@@ -47,6 +47,14 @@ impl Stream {
         match self {
             Stream::Unix(stream) => stream.shutdown().await,
             Stream::Tcp(stream) => stream.shutdown().await,
+        }
+    }
+
+    /// The socket, for whoever has to end the connection from outside.
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Stream::Unix(stream) => stream.as_fd(),
+            Stream::Tcp(stream) => stream.as_fd(),
         }
     }
 
