@@ -17,7 +17,7 @@ use jiff::Timestamp;
 use crate::capture::decide::{Decision, Level, decide};
 use crate::capture::{Capture, Fate, SeenDisk, Taken, Task};
 use crate::context::Context;
-use crate::failure::{Failure, Outcome};
+use crate::failure::{Failure, Outcome, Status};
 use crate::interrupt::Interrupt;
 use crate::job::Job;
 use crate::report::{BackupReport, Unprotected};
@@ -245,10 +245,24 @@ impl<C: Capture> Backup<'_, C> {
         let mut results = Vec::with_capacity(chosen.len());
         for (at, disk) in chosen.iter().enumerate() {
             self.interrupt.check(&self.tried())?;
-            results.push(self.read_disk(at, disk, writer).await?);
+            match self.read_disk(at, disk, writer).await {
+                Ok(result) => results.push(result),
+                Err(failure) => return Err(self.explained(failure).await),
+            }
         }
         self.capture.release().await?;
         Ok((taken, results))
+    }
+
+    /// What reading stumbled over may only be the consequence of something else.
+    async fn explained(&self, failure: Failure) -> Failure {
+        if failure.status != Status::Failed {
+            return failure;
+        }
+        match self.capture.lost().await {
+            Some(why) => Failure { why: format!("{why} ({})", failure.why), ..failure },
+            None => failure,
+        }
     }
 
     /// Ends a run that failed before its commit.

@@ -219,6 +219,10 @@ impl Capture for ImageCapture {
         Ok(Readable { data: Data::Export(uri), dirty, size_bytes })
     }
 
+    async fn lost(&self) -> Option<String> {
+        None
+    }
+
     async fn release(&mut self) -> Outcome<()> {
         for image in &mut self.images {
             image.daemon = None;

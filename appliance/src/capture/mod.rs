@@ -145,6 +145,9 @@ pub trait Capture {
         samples: &[Range<u64>],
     ) -> Outcome<Readable>;
 
+    /// Why the instant was lost, where the capture knows better than whoever read from it.
+    async fn lost(&self) -> Option<String>;
+
     /// Lets go of the instant; with an error where it turned out not to have held.
     async fn release(&mut self) -> Outcome<()>;
 

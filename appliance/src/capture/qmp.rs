@@ -374,6 +374,10 @@ impl Capture for QmpCapture {
         Ok(Readable { data, dirty, size_bytes: disk.size_bytes })
     }
 
+    async fn lost(&self) -> Option<String> {
+        self.guardian.sizes().await.err().map(|error| error.to_string())
+    }
+
     async fn release(&mut self) -> Outcome<()> {
         self.stop_pulse();
         let released = self.guardian.release().await.map_err(|e| self.failed(e))?;
