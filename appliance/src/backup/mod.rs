@@ -132,10 +132,11 @@ impl<C: Capture> Backup<'_, C> {
         let mut picked = Vec::new();
         for (index, disk) in seen.iter().enumerate().filter(|(_, disk)| self.is_wanted(disk)) {
             match &disk.refusal {
-                Some(why) if self.request.disks.contains(&disk.id) => {
-                    return Err(Failure::refused(self.tried(), format!("disk {}: {why}", disk.id)));
+                Some(_) if disk.read_only && !self.request.disks.contains(&disk.id) => {}
+                Some(why) => {
+                    return Err(Failure::refused(self.tried(), format!("disk {}: {why}", disk.id))
+                        .next(format!("leave it out with --exclude-disk {}", disk.id)));
                 }
-                Some(_) => {}
                 None => picked.push((index, disk.clone())),
             }
         }

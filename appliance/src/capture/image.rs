@@ -272,6 +272,7 @@ fn seen(image: &Image) -> SeenDisk {
         bitmaps: bitmaps.collect(),
         records: image.info.keeps_bitmaps,
         refusal: None,
+        read_only: false,
     }
 }
 

@@ -40,6 +40,8 @@ pub struct SeenDisk {
     pub records: bool,
     /// Why it cannot be backed up.
     pub refusal: Option<String>,
+    /// The guest cannot write to it: a point without it lacks nothing that changes.
+    pub read_only: bool,
 }
 
 impl SeenDisk {

@@ -19,7 +19,7 @@ use icecore_qmp::guardian::protocol::{
     ErrorKind, Expose, ExposeDisk, Exposed, ExposedDisk, Form, Freeze, GuardianError, InstantPlan,
     InstantReport, Prepare, Push, PushState, Then,
 };
-use icecore_qmp::inventory::{Disk, Inventory};
+use icecore_qmp::inventory::{Disk, Inventory, Refusal};
 use icecore_qmp::recover::{
     CommitState, DiskIntent, FreezeIntent, Intents, ServerIntent, StopIntent,
 };
@@ -540,5 +540,6 @@ fn seen(disk: &Disk) -> Outcome<SeenDisk> {
         bitmaps: disk.bitmaps.clone(),
         records: true,
         refusal: disk.refusal.as_ref().map(ToString::to_string),
+        read_only: disk.refusal == Some(Refusal::ReadOnly),
     })
 }
