@@ -202,6 +202,6 @@ impl Disk {
 
     /// Disks with an iothread share one controller, those without another.
     pub(crate) fn scsi_controller(&self) -> &'static str {
-        if self.iothread { "scsi-iot" } else { "scsi" }
+        if self.iothread { "lab-scsi-iot" } else { "lab-scsi" }
     }
 }

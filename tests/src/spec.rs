@@ -136,11 +136,11 @@ impl VmSpec {
             self.disks.iter().any(|disk| disk.bus == Bus::VirtioScsi && disk.iothread == iothread)
         };
         if scsi(false) {
-            command.args(["-device", "virtio-scsi-pci,id=scsi"]);
+            command.args(["-device", "virtio-scsi-pci,id=lab-scsi"]);
         }
         if scsi(true) {
-            command.args(["-object", "iothread,id=scsi-iot-thread"]);
-            command.args(["-device", "virtio-scsi-pci,id=scsi-iot,iothread=scsi-iot-thread"]);
+            command.args(["-object", "iothread,id=lab-scsi-thread"]);
+            command.args(["-device", "virtio-scsi-pci,id=lab-scsi-iot,iothread=lab-scsi-thread"]);
         }
         for (position, disk) in self.disks.iter().enumerate() {
             let index = self.disks[..position].iter().filter(|one| one.bus == disk.bus).count();

@@ -63,8 +63,12 @@ fn an_nbd_server_that_holds_rubbish() -> Result<()> {
     let image = taken.icecore.path("served.raw");
     std::fs::write(&image, vec![0xee; 24 * MIB as usize + 512])?;
     let socket = taken.icecore.path("nbd.sock");
+    // One client at a time is its default, and it does not wait for a second one.
     let mut serve = Command::new("qemu-nbd");
-    serve.args(["-f", "raw", "-x", "disk", "--discard=unmap", "-k"]).arg(&socket).arg(&image);
+    serve
+        .args(["--persistent", "-f", "raw", "-x", "disk", "--discard=unmap", "-k"])
+        .arg(&socket)
+        .arg(&image);
     let _server = Background::spawn(&mut serve)?;
     wait_until("qemu-nbd", std::time::Duration::from_secs(5), || Ok(socket.exists()))?;
     taken.restored(format!("nbd+unix:///disk?socket={}", socket.display()), &[])?;

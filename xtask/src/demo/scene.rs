@@ -11,6 +11,7 @@ const DOCUMENTS: &str = "/mnt/data/documents";
 /// One checksum over all documents, names included.
 const CHECKSUM: &str =
     "cd /mnt/data/documents && find . -type f | sort | xargs sha256sum | sha256sum | cut -c 1-64";
+const COUNT: &str = "ls /mnt/data/documents | wc -l";
 /// What the ordered writer gets through between two steps.
 const ROUNDS: u64 = 12;
 
@@ -33,7 +34,7 @@ impl Scene {
             .boot()?;
         vm.guest(&format!(
             "mkdir {DOCUMENTS} && cd {DOCUMENTS} && \
-             for n in $(seq 40); do head -c 1M /dev/urandom > $n; done; sync"
+             for n in $(seq 40); do dd if=/dev/urandom of=$n bs=1M count=1 || exit 1; done; sync"
         ))?;
         Ok(Self { vm, icecore, before: String::new(), incremental: String::new() })
     }
@@ -49,7 +50,9 @@ impl Scene {
     /// The second point, after some documents have changed.
     pub fn incremental_point(&mut self, figures: &mut Figures) -> Result<()> {
         self.vm.wait_writer(ROUNDS)?;
-        self.vm.guest(&format!("cd {DOCUMENTS} && rm 7 && head -c 3M /dev/urandom > 41; sync"))?;
+        self.vm.guest(&format!(
+            "cd {DOCUMENTS} && rm 7 && dd if=/dev/urandom of=41 bs=1M count=3 && sync"
+        ))?;
         self.before = self.vm.guest(CHECKSUM)?;
         let report = self.icecore.backup(&self.vm).arg("--level").arg("incremental").json()?;
         figures.backup("incremental", &report);
@@ -61,9 +64,9 @@ impl Scene {
     pub fn destroy(&mut self, figures: &mut Figures) -> Result<()> {
         self.vm.guest(&format!(
             "ordered-writer stop; rm -rf {DOCUMENTS}/* /mnt/*/writer; \
-             head -c 20M /dev/urandom > /mnt/data/rubbish; sync"
+             dd if=/dev/urandom of=/mnt/data/rubbish bs=1M count=20; sync"
         ))?;
-        let left = self.vm.guest(&format!("ls {DOCUMENTS} | wc -l"))?;
+        let left = self.vm.guest(COUNT)?;
         figures.row("documents before", self.before.clone());
         figures.row("after the accident", format!("{left} documents left"));
         Ok(())
@@ -75,7 +78,7 @@ impl Scene {
         figures.rollback(&report);
         self.vm.wait_ready()?;
         let after = self.vm.guest(CHECKSUM)?;
-        figures.row("documents after", after.clone());
+        figures.row("documents after", format!("{after} ({} documents)", self.vm.guest(COUNT)?));
         if after != self.before {
             let before = &self.before;
             return Err(Failure::new(format!("the documents were {before} and are {after}")));
