@@ -1,13 +1,18 @@
 //! `cargo xtask test`: everything, on real QEMU.
 
+use std::time::Duration;
+
 use clap::Args;
 
 use crate::fuzz;
 use crate::setup;
-use crate::step::{Result, cargo, shown, timed};
+use crate::step::{Result, cargo, shown, target, timed};
 
 /// The guests of two tests keep two processors busy.
 const TEST_THREADS: &str = "--test-threads=2";
+
+/// See [`sweep`].
+const LEFT_OVER_AFTER: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Run the tests.
 #[derive(Args)]
@@ -28,6 +33,7 @@ impl Suite {
     /// Sets up, builds and tests.
     pub fn run(&self) -> Result<()> {
         setup::run(self.long)?;
+        sweep()?;
         // By the profile of tests, so that nothing is compiled twice.
         timed("icecore", || shown(&mut cargo(&["build", "--profile", "test", "-p", "icecore"])))?;
         timed("tests (build)", || shown(&mut cargo(&["test", "--workspace", "--no-run", "-q"])))?;
@@ -42,4 +48,17 @@ impl Suite {
         // Last, so that a run ends with cargo's own closing lines.
         shown(&mut tests)
     }
+}
+
+/// Removes what runs that were killed have left of their folders. Those of a day ago belong to
+/// nobody any more; a guest that `demo --keep` left may be younger.
+fn sweep() -> Result<()> {
+    let entries = std::fs::read_dir(target().join("lab")).into_iter().flatten().flatten();
+    for entry in entries {
+        let age = entry.metadata()?.modified()?.elapsed().unwrap_or_default();
+        if age > LEFT_OVER_AFTER {
+            std::fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
 }

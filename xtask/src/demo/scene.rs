@@ -120,20 +120,19 @@ impl Scene {
         let (qmp, qga) = (self.vm.qmp(), self.vm.qga());
         let binary = self.icecore.binary().display().to_string();
         let repository = self.icecore.repository().display().to_string();
-        self.icecore.keep();
+        let state = self.icecore.path("state").display().to_string();
+        let kept = self.icecore.keep();
         let (pid, folder) = self.vm.leave_running()?;
         let (qmp, qga) = (qmp.display(), qga.display());
+        let (folder, kept) = (folder.display(), kept.display());
         println!(
-            "The guest goes on as process {pid}, its files are in {}:\n\n  \
+            "The guest goes on as process {pid}, its files are in {folder}:\n\n  \
              export ICECORE_REPO={repository}\n  \
-             export ICECORE_STATE_DIR={}\n  \
+             export ICECORE_STATE_DIR={state}\n  \
              {binary} point list demo\n  \
              {binary} backup --qmp {qmp} --qga {qga} --name demo\n  \
              {binary} rollback --qmp {qmp} --qga {qga} --name demo --to latest~1\n\n\
-             End it with: kill {pid}; rm -rf {}",
-            folder.display(),
-            repository.replace("/repository", "/state"),
-            folder.display(),
+             End it with: kill {pid}; rm -rf {folder} {kept}"
         );
         Ok(())
     }
