@@ -10,8 +10,7 @@ use crate::backend::LaneSet;
 use crate::error::EngineError;
 use crate::pipeline::Options;
 use crate::pipeline::read::{Job, Piece, Purpose, read};
-use crate::plan::{Blocks, Kind, PlanItem, Planner, Run};
-use crate::prove::Differing;
+use crate::plan::{Blocks, PlanItem, Planner, Run};
 use crate::stats::Latency;
 
 /// What a backup of one disk did.
@@ -23,11 +22,6 @@ pub struct BackupStats {
     pub read_bytes: u64,
     /// Bytes recorded as zero without being read.
     pub zero_range_bytes: u64,
-    /// Blocks read although they are said to be unchanged.
-    pub sampled_blocks: u64,
-    /// Blocks, sampled or clean and zero, that differ from the parent. If there are any the bitmap
-    /// cannot be trusted.
-    pub contradictions: Differing,
     /// Latencies of the reads.
     pub latency: Latency,
     /// How long it took.
@@ -79,8 +73,6 @@ pub fn backup(
         summary,
         read_bytes: tally.read_bytes,
         zero_range_bytes: tally.zero_range_bytes,
-        sampled_blocks: tally.sampled_blocks,
-        contradictions: tally.contradictions,
         latency,
         took: started.elapsed(),
     })
@@ -93,7 +85,7 @@ fn failed(disk: Blocks, first: u64, count: u64, source: icecore_repository::Erro
 /// A worker: a piece's blocks encoded, each beside what the parent holds there.
 fn encode_with(
     mut encoder: BlockEncoder,
-) -> impl FnMut(Piece<'_, Vec<ParentBlock>>) -> Result<(Vec<Block>, u64), EngineError> {
+) -> impl FnMut(Piece<'_, Vec<ParentBlock>>) -> Result<(Vec<Encoded>, u64), EngineError> {
     move |piece| {
         let mut held = 0;
         let mut blocks = Vec::with_capacity(piece.prepared.len());
@@ -106,23 +98,10 @@ fn encode_with(
             if let Encoded::New { frame, .. } = &encoded {
                 held += frame.stored_bytes() as u64;
             }
-            let agrees = match encoded {
-                Encoded::Same => true,
-                // What the parent does not reach is zero unless it is pushed.
-                Encoded::Zero => *parent == ParentBlock::Absent,
-                _ => false,
-            };
-            blocks.push(Block { encoded, agrees });
+            blocks.push(encoded);
         }
         Ok((blocks, held))
     }
-}
-
-/// One block on its way to the sink.
-struct Block {
-    encoded: Encoded,
-    /// Whether it holds what it would hold if it were not pushed.
-    agrees: bool,
 }
 
 /// Counts of a run.
@@ -130,8 +109,6 @@ struct Block {
 struct Tally {
     read_bytes: u64,
     zero_range_bytes: u64,
-    sampled_blocks: u64,
-    contradictions: Differing,
 }
 
 /// Where blocks arrive in order.
@@ -144,16 +121,15 @@ struct InOrder<F> {
 }
 
 impl<F: FnMut(BlockIndex)> InOrder<F> {
-    fn take(&mut self, run: Run, blocks: Option<Vec<Block>>) -> Result<(), EngineError> {
+    fn take(&mut self, run: Run, blocks: Option<Vec<Encoded>>) -> Result<(), EngineError> {
         let disk = self.disk;
         let bytes = disk.span(run.first, run.count).len;
-        let outcome = match (blocks, run.kind) {
-            (None, _) => {
+        let outcome = match blocks {
+            None => {
                 self.tally.zero_range_bytes += bytes;
                 self.sink.push_zero_range(BlockIndex(run.first), run.count)
             }
-            (Some(blocks), Kind::Sample | Kind::CleanZero) => self.sample(run, blocks),
-            (Some(blocks), _) => {
+            Some(blocks) => {
                 self.tally.read_bytes += bytes;
                 self.push(run, blocks)
             }
@@ -167,23 +143,9 @@ impl<F: FnMut(BlockIndex)> InOrder<F> {
         Ok(())
     }
 
-    fn push(&mut self, run: Run, blocks: Vec<Block>) -> icecore_repository::Result<()> {
+    fn push(&mut self, run: Run, blocks: Vec<Encoded>) -> icecore_repository::Result<()> {
         for (index, block) in (run.first..).map(BlockIndex).zip(blocks) {
-            self.sink.push(index, block.encoded)?;
-        }
-        Ok(())
-    }
-
-    /// A sampled block that differs is a contradiction, and as it has been read it is kept.
-    fn sample(&mut self, run: Run, blocks: Vec<Block>) -> icecore_repository::Result<()> {
-        if run.kind == Kind::Sample {
-            self.tally.sampled_blocks += run.count;
-        }
-        for (index, block) in (run.first..).map(BlockIndex).zip(blocks) {
-            if !block.agrees {
-                self.tally.contradictions.add(index);
-                self.sink.push(index, block.encoded)?;
-            }
+            self.sink.push(index, block)?;
         }
         Ok(())
     }

@@ -43,10 +43,6 @@ pub(crate) const QUEUE: usize = 8;
 /// what bounds a million tiny or zero ranges in front of a slow sink.
 pub(crate) const ITEM_COST: u64 = 1024;
 
-/// Blocks of a clean hole that are compared with the parent in one piece: large, for there may be
-/// terabytes of them, and small against [`MIN_MEMORY`].
-pub(crate) const CHECK_BLOCKS: u64 = 2048;
-
 /// Least memory of one pipeline, in bytes: two requests in flight, two being worked on.
 pub const MIN_MEMORY: u64 = 4 * MAX_REQUEST as u64;
 

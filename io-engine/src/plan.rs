@@ -9,20 +9,13 @@ pub enum ReadItem {
     Data(Span),
     /// May have changed and is known to read as zeroes: recorded without being read.
     Zero(Span),
-    /// Said to be unchanged: read it and compare it with the parent.
-    Sample(Span),
-    /// Said to be unchanged and known to read as zeroes: the parent must hold zeroes there. Not
-    /// read.
-    CleanZero(Span),
 }
 
 impl ReadItem {
     /// Its range, in bytes.
     pub fn span(&self) -> Span {
         match self {
-            Self::Data(span) | Self::Zero(span) | Self::Sample(span) | Self::CleanZero(span) => {
-                *span
-            }
+            Self::Data(span) | Self::Zero(span) => *span,
         }
     }
 }
@@ -55,10 +48,8 @@ pub enum PlanError {
 }
 
 /// What is done with a run of whole blocks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    CleanZero,
-    Sample,
     Zero,
     Data,
 }
@@ -106,8 +97,7 @@ impl Blocks {
 /// Turns ascending items into ascending, disjoint, merged runs of whole blocks.
 ///
 /// A block touched by changed bytes is read, unless the zeroes cover it wholly. So of a zero range
-/// only the whole blocks inside stay zero; its edges are read. Of what is merely to be checked
-/// only whole blocks count.
+/// only the whole blocks inside stay zero; its edges are read.
 pub(crate) struct Planner<I> {
     items: I,
     disk: Blocks,
@@ -150,8 +140,6 @@ impl<I: Iterator<Item = PlanItem>> Planner<I> {
         match item {
             _ if span.len == 0 => [None; 3],
             ReadItem::Data(_) => [run(Kind::Data, outer, outer_end), None, None],
-            ReadItem::Sample(_) => [run(Kind::Sample, outer, outer_end), None, None],
-            ReadItem::CleanZero(_) => [run(Kind::CleanZero, inner, inner_end), None, None],
             ReadItem::Zero(_) => {
                 if inner >= inner_end {
                     return [run(Kind::Data, outer, outer_end), None, None];
@@ -172,16 +160,12 @@ impl<I: Iterator<Item = PlanItem>> Planner<I> {
             return None;
         };
         if run.first < last.end() {
-            // Both touch one block: the stronger kind has it.
-            if run.kind > last.kind {
-                last.count = run.first - last.first;
-            } else {
-                run.count = run.end().saturating_sub(last.end());
-                run.first = last.end();
-            }
+            // Both read one block, which the one before has: zeroes never share a block.
+            run.count = run.end().saturating_sub(last.end());
+            run.first = last.end();
         }
-        if run.count == 0 || last.count == 0 {
-            self.pending = Some(if run.count == 0 { last } else { run });
+        if run.count == 0 {
+            self.pending = Some(last);
             return None;
         }
         if run.kind == last.kind && run.first == last.end() {
@@ -266,18 +250,13 @@ mod tests {
     fn items() -> impl Strategy<Value = (Vec<ReadItem>, u64)> {
         let step = prop_oneof![1u64..3000, (1u64..8).prop_map(|n| n * 4096), 4000u64..30_000];
         let gap = prop_oneof![Just(0u64), 1u64..9000];
-        prop::collection::vec((gap, step, 0..4u8), 0..40).prop_flat_map(|parts| {
+        prop::collection::vec((gap, step, any::<bool>()), 0..40).prop_flat_map(|parts| {
             let mut at = 0;
             let mut items = Vec::new();
-            for (gap, len, kind) in parts {
+            for (gap, len, zero) in parts {
                 let span = Span::new(at + gap, len);
                 at = span.offset + len;
-                items.push(match kind {
-                    0 => ReadItem::Data(span),
-                    1 => ReadItem::Zero(span),
-                    2 => ReadItem::CleanZero(span),
-                    _ => ReadItem::Sample(span),
-                });
+                items.push(if zero { ReadItem::Zero(span) } else { ReadItem::Data(span) });
             }
             (Just(items), at.max(1)..at + 9000)
         })
@@ -296,15 +275,10 @@ mod tests {
                     continue;
                 }
                 let covered = span.offset <= start && item_end >= end.min(disk.size);
-                let new = match item {
-                    ReadItem::Data(_) => Kind::Data,
-                    ReadItem::Sample(_) => Kind::Sample,
+                *kind = Some(match item {
                     ReadItem::Zero(_) if covered => Kind::Zero,
-                    ReadItem::Zero(_) => Kind::Data,
-                    ReadItem::CleanZero(_) if covered => Kind::CleanZero,
-                    ReadItem::CleanZero(_) => continue,
-                };
-                *kind = (*kind).max(Some(new));
+                    _ => Kind::Data,
+                });
             }
         }
         kinds
@@ -313,7 +287,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(200))]
         #[test]
-        fn every_block_gets_the_strongest_kind_that_touches_it((items, size) in items()) {
+        fn only_what_zeroes_cover_wholly_is_not_read((items, size) in items()) {
             let disk = Blocks { size, block: BLOCK };
             let runs = plan(items.clone(), size).unwrap();
             let mut kinds = vec![None; usize::try_from(disk.count()).unwrap()];

@@ -17,7 +17,7 @@ use crate::budget::{Budget, Reservation};
 use crate::buffer::Pool;
 use crate::control::{Halt, Pacer, pace};
 use crate::error::EngineError;
-use crate::limits::{CHECK_BLOCKS, ITEM_COST};
+use crate::limits::ITEM_COST;
 use crate::plan::{Blocks, Kind, PlanError, Run};
 use crate::stats::Latency;
 use crate::wire::Op;
@@ -128,11 +128,11 @@ where
     let (read_in, read_out) = unbounded::<Completion<Note<P>>>();
     let (done_in, done_out) = unbounded::<(u64, Outcome<T>)>();
     let latency = std::thread::scope(|scope| {
-        let (priority, zeroes, holes) = (options.priority, done_in.clone(), read_in.clone());
+        let (priority, zeroes) = (options.priority, done_in.clone());
         let mut prepare = job.prepare;
         spawn(scope, halt, "icecore-plan", move || {
             priority.apply();
-            shared.plan(plan, &mut prepare, &feed, &holes, &zeroes)
+            shared.plan(plan, &mut prepare, &feed, &zeroes)
         });
         for mut worker in job.workers {
             let (from, to) = (read_out.clone(), done_in.clone());
@@ -167,7 +167,6 @@ impl Shared<'_> {
         plan: impl Iterator<Item = Result<Run, PlanError>>,
         prepare: &mut impl FnMut(Run) -> Result<P, EngineError>,
         feed: &Feed<Note<P>>,
-        holes: &Sender<Completion<Note<P>>>,
         zeroes: &Sender<(u64, Outcome<T>)>,
     ) -> Result<(), EngineError> {
         let (mut seq, mut pacer) = (0, Pacer::default());
@@ -179,35 +178,16 @@ impl Shared<'_> {
                 seq += 1;
                 continue;
             }
-            let most = if run.kind == Kind::CleanZero { CHECK_BLOCKS } else { self.per_request };
             let mut first = run.first;
             while first < run.first + run.count {
-                let count = most.min(run.first + run.count - first);
+                let count = self.per_request.min(run.first + run.count - first);
                 let piece = Run { first, count, ..run };
-                if run.kind == Kind::CleanZero {
-                    drop(holes.send(self.check(seq, piece, prepare)?));
-                } else {
-                    self.ask(seq, piece, prepare, feed, &mut pacer)?;
-                }
+                self.ask(seq, piece, prepare, feed, &mut pacer)?;
                 first += count;
                 seq += 1;
             }
         }
         Ok(())
-    }
-
-    /// A piece that is known to be a hole, as if it had been read.
-    fn check<P>(
-        &self,
-        seq: u64,
-        run: Run,
-        prepare: &mut impl FnMut(Run) -> Result<P, EngineError>,
-    ) -> Result<Completion<Note<P>>, EngineError> {
-        let hold = self.places.reserve(place_bytes(run.count), || self.halt.stopped())?;
-        let note = Note { seq, run, prepared: prepare(run)?, hold };
-        let offset = self.disk.span(run.first, run.count).offset;
-        let request = Request { op: Op::Read, offset, len: 0, buf: None, note };
-        Ok(Completion { request, hole: true })
     }
 
     /// Reserves all that one piece will need on its way, then has it read.
