@@ -18,8 +18,8 @@ use tokio::sync::{mpsc, oneshot};
 use super::leash::send_fds;
 use super::protocol::{
     Connect, ErrorKind, Expose, Exposed, GuardianError, Inspection, InstantPlan, InstantReport,
-    Prepare, Prepared, Push, PushState, Released, Request, Restart, SwapAway, ToGuardian, ToWorker,
-    WritableDisk,
+    LINE_BYTES_MAX, Prepare, Prepared, Push, PushState, Released, Request, Restart, SwapAway,
+    ToGuardian, ToWorker, WritableDisk,
 };
 use super::spawn;
 use crate::capture::names::DiskIndex;
@@ -34,7 +34,7 @@ type Answer = oneshot::Sender<Result<Value, GuardianError>>;
 /// and to end; it does the same when this process dies.
 #[derive(Debug, Clone)]
 pub struct GuardianClient {
-    lines: mpsc::UnboundedSender<ToGuardian>,
+    lines: mpsc::UnboundedSender<Vec<u8>>,
     waiting: Waiting,
     next_id: Arc<AtomicU64>,
     leash: Arc<StdUnixStream>,
@@ -42,15 +42,15 @@ pub struct GuardianClient {
 
 /// Tells the guardian that the worker is alive.
 #[derive(Debug, Clone)]
-pub struct Pulse(mpsc::WeakUnboundedSender<ToGuardian>);
+pub struct Pulse(mpsc::WeakUnboundedSender<Vec<u8>>);
 
 impl Pulse {
     /// `counter` has to change at least every 2 s while anything is exposed: take it from what
     /// the data threads count, not from a timer. Never waits.
     pub fn beat(&self, counter: u64) {
-        if let Some(lines) = self.0.upgrade() {
+        if let (Some(lines), Ok(line)) = (self.0.upgrade(), line(&ToGuardian::Pulse(counter))) {
             // A guardian that is gone is noticed by the next request.
-            let _ = lines.send(ToGuardian::Pulse(counter));
+            let _ = lines.send(line);
         }
     }
 }
@@ -98,9 +98,10 @@ impl GuardianClient {
                 .into(),
         };
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let line = line(&ToGuardian::Request(id, request))?;
         let (answer, answered) = oneshot::channel();
         locked(&self.waiting).as_mut().ok_or_else(gone)?.insert(id, answer);
-        self.lines.send(ToGuardian::Request(id, request)).map_err(|_| gone())?;
+        self.lines.send(line).map_err(|_| gone())?;
         let value = answered.await.map_err(|_| gone())??;
         serde_json::from_value(value).map_err(|error| GuardianError {
             kind: ErrorKind::OutOfOrder,
@@ -222,11 +223,23 @@ impl GuardianClient {
     }
 }
 
-async fn send_lines(mut write: OwnedWriteHalf, mut outbox: mpsc::UnboundedReceiver<ToGuardian>) {
+/// One line for the guardian. A path that is not UTF-8 has no place in it, nor in QMP.
+fn line(message: &ToGuardian) -> Result<Vec<u8>, GuardianError> {
+    let refused = |why: String| GuardianError {
+        kind: ErrorKind::Refused,
+        message: format!("the guardian cannot be asked for this: {why}"),
+    };
+    let mut bytes = serde_json::to_vec(message).map_err(|error| refused(error.to_string()))?;
+    bytes.push(b'\n');
+    if bytes.len() > LINE_BYTES_MAX {
+        return Err(refused(format!("the request has more than {LINE_BYTES_MAX} bytes")));
+    }
+    Ok(bytes)
+}
+
+async fn send_lines(mut write: OwnedWriteHalf, mut outbox: mpsc::UnboundedReceiver<Vec<u8>>) {
     while let Some(line) = outbox.recv().await {
-        let Ok(mut bytes) = serde_json::to_vec(&line) else { continue };
-        bytes.push(b'\n');
-        if write.write_all(&bytes).await.is_err() {
+        if write.write_all(&line).await.is_err() {
             return;
         }
     }
@@ -247,4 +260,23 @@ async fn receive_lines(read: OwnedReadHalf, waiting: Waiting) {
 
 fn locked(waiting: &Waiting) -> MutexGuard<'_, Option<HashMap<u64, Answer>>> {
     waiting.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::ffi::OsStringExt;
+
+    #[tokio::test]
+    async fn what_cannot_be_said_is_an_error_and_not_a_wait() {
+        let (ours, _theirs) = StdUnixStream::pair().expect("a pair");
+        let client = GuardianClient::connect_to(ours, &[]).expect("a client");
+        let monitor = PathBuf::from(OsString::from_vec(b"/run/\xff.sock".to_vec()));
+        let error = client.connect(monitor, None).await.expect_err("no such path in JSON");
+        assert_eq!(error.kind, ErrorKind::Refused);
+        assert!(error.message.contains("UTF-8"), "{error}");
+        let many = vec!["icecore:".repeat(1 << 16); 16];
+        let error = client.forget(many).await.expect_err("longer than any line");
+        assert_eq!(error.kind, ErrorKind::Refused);
+    }
 }
