@@ -5,13 +5,14 @@
 //! connection itself. Shutting it down is not enough, since a sender on a full unix socket is not
 //! woken by that: what lies in it has to be read as well.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{ErrorKind, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, Shutdown, recv, recvmsg, sendmsg, shutdown,
 };
 
@@ -41,18 +42,37 @@ impl Leash {
 
     /// Ends all connections that the worker has handed over.
     pub(super) fn cut(&mut self) {
-        self.collect();
+        if let Err(error) = self.collect() {
+            tracing::warn!(%error, "a data connection cannot be ended");
+        }
         for fd in std::mem::take(&mut self.held) {
             end(&fd);
         }
     }
 
-    /// Takes what the worker has sent.
-    pub(super) fn collect(&mut self) {
-        while let Ok((1.., fds)) = receive_fds(self.stream.as_fd()) {
-            self.held.extend(fds);
+    /// Takes what the worker has sent, and lets go of what has ended. An error: a connection
+    /// came and could not be taken, so it could not be ended either.
+    pub(super) fn collect(&mut self) -> std::io::Result<()> {
+        self.held.retain(|fd| !has_ended(fd));
+        loop {
+            match receive_fds(self.stream.as_fd()) {
+                Ok((1.., fds)) => self.held.extend(fds),
+                Err(error) if error.kind() == ErrorKind::OutOfMemory => return Err(error),
+                // Nothing more now, or ever.
+                _ => return Ok(()),
+            }
         }
     }
+}
+
+/// Both directions are shut and nothing lies in it any more: neither does a sender wait for it,
+/// nor has the worker anything to read.
+fn has_ended(fd: &OwnedFd) -> bool {
+    let mut polled = [PollFd::new(fd, PollFlags::empty())];
+    let hung_up = poll(&mut polled, Some(&Timespec::default())).is_ok()
+        && polled[0].revents().contains(PollFlags::HUP);
+    let look = RecvFlags::DONTWAIT | RecvFlags::PEEK;
+    hung_up && matches!(recv(fd, &mut [0u8; 1][..], look), Ok((0, _)))
 }
 
 fn end(fd: &OwnedFd) {
@@ -71,7 +91,7 @@ fn end(fd: &OwnedFd) {
 pub(super) fn send_fds(stream: BorrowedFd<'_>, fds: &[BorrowedFd<'_>]) -> std::io::Result<()> {
     if fds.len() > FDS_MAX {
         let message = format!("at most {FDS_MAX} descriptors go to a guardian at once");
-        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, message));
+        return Err(std::io::Error::new(ErrorKind::InvalidInput, message));
     }
     let mut space = [MaybeUninit::uninit(); FDS_BYTES];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -89,6 +109,11 @@ pub(super) fn receive_fds(stream: BorrowedFd<'_>) -> std::io::Result<(usize, Vec
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::CMSG_CLOEXEC;
     let got = recvmsg(stream, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, flags)?;
+    if got.flags.contains(ReturnFlags::CTRUNC) {
+        let message = "the guardian has no file descriptor left for a connection: raise the limit \
+                       of open files (ulimit -n)";
+        return Err(std::io::Error::new(ErrorKind::OutOfMemory, message));
+    }
     let mut fds = Vec::new();
     for message in ancillary.drain() {
         if let RecvAncillaryMessage::ScmRights(received) = message {
@@ -101,7 +126,7 @@ pub(super) fn receive_fds(stream: BorrowedFd<'_>) -> std::io::Result<(usize, Vec
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
+    use std::io::{Read, Write};
 
     #[test]
     fn a_stuck_sender_is_freed() {
@@ -116,5 +141,25 @@ mod tests {
         leash.cut();
         assert!(sender.join().expect("no panic").is_err(), "freed with an error");
         drop(worker);
+    }
+
+    #[test]
+    fn what_has_ended_is_let_go_of_once_it_is_read() {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        let mut leash = Leash::new(theirs).expect("a leash");
+        let (mut qemu, mut worker) = UnixStream::pair().expect("a pair");
+        let (_other_qemu, other) = UnixStream::pair().expect("a pair");
+        send_fds(ours.as_fd(), &[worker.as_fd(), other.as_fd()]).expect("sent");
+        leash.collect().expect("taken");
+        drop(other);
+        qemu.write_all(b"the last reply").expect("sent");
+        drop(qemu);
+        leash.collect().expect("nothing new");
+        assert_eq!(leash.held.len(), 2, "one is open, one unread");
+        let mut read = Vec::new();
+        worker.read_to_end(&mut read).expect("read");
+        assert_eq!(read, b"the last reply", "nothing was taken from the worker");
+        leash.collect().expect("nothing new");
+        assert_eq!(leash.held.len(), 1);
     }
 }

@@ -12,6 +12,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
+use super::flow::refused;
 use super::keeper::Keeper;
 use super::probe;
 use super::protocol::{ErrorKind, GuardianError, LINE_BYTES_MAX, ToGuardian, ToWorker};
@@ -144,8 +145,12 @@ impl Server {
     }
 
     async fn tick(&mut self) {
-        self.keeper.leash.collect();
         let live = self.keeper.live();
+        if let Err(error) = self.keeper.leash.collect() {
+            // A connection that cannot be ended may hang the guest.
+            self.keeper.cut(refused(error.to_string())).await;
+            return;
+        }
         if self.watch.stalled(live, self.started.elapsed()) {
             let message = "the worker made no progress, and QEMU must not wait for it".into();
             self.keeper.cut(GuardianError { kind: ErrorKind::WorkerStalled, message }).await;
