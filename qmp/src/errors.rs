@@ -13,7 +13,13 @@ pub enum QmpError {
         /// The path tried.
         path: PathBuf,
     },
-    /// The socket exists and cannot be connected to.
+    /// The socket's file is there, and nothing listens on it any more.
+    #[error("nobody listens on {path} any more: its QEMU has ended")]
+    NobodyListens {
+        /// The path tried.
+        path: PathBuf,
+    },
+    /// The socket cannot be connected to, which says nothing about its QEMU.
     #[error("cannot connect to {path}: {why}")]
     Connect {
         /// The path tried.
@@ -101,6 +107,11 @@ impl QmpError {
     /// The other side may have carried the command out although it is reported as failed.
     pub fn outcome_unknown(&self) -> bool {
         matches!(self, Self::Timeout { .. } | Self::Closed { .. } | Self::Content { .. })
+    }
+
+    /// There is no process behind the socket: what a QEMU held is gone with it.
+    pub fn nobody_there(&self) -> bool {
+        matches!(self, Self::NoSocket { .. } | Self::NobodyListens { .. })
     }
 
     /// The connection is of no more use.

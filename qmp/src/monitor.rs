@@ -94,7 +94,8 @@ impl Monitor {
         tokio::spawn(driver.run(inbox));
         let path = path.to_owned();
         let next_call = AtomicU64::new(0);
-        let shared = Arc::new(Shared { path, version, peer, next_call, ended, events: weak_events });
+        let shared =
+            Arc::new(Shared { path, version, peer, next_call, ended, events: weak_events });
         Ok(Self { shared, calls })
     }
 
@@ -227,17 +228,19 @@ pub(crate) async fn connect(
         Ok(Err(error)) if error.kind() == ErrorKind::NotFound => {
             Err(QmpError::NoSocket { path: owned })
         }
+        Ok(Err(error)) if error.kind() == ErrorKind::ConnectionRefused => {
+            Err(QmpError::NobodyListens { path: owned })
+        }
         Ok(Err(error)) => Err(QmpError::Connect { path: owned, why: connect_advice(&error) }),
         Err(_) => Err(QmpError::NoGreeting { path: owned, waited }),
     }
 }
 
 fn connect_advice(error: &std::io::Error) -> String {
-    use std::io::ErrorKind;
-    let advice = match error.kind() {
-        ErrorKind::ConnectionRefused => "nobody listens any more, its QEMU has ended",
-        ErrorKind::PermissionDenied => "run Icecore as root or as QEMU's user",
-        _ => return error.to_string(),
-    };
-    format!("{error}: {advice}")
+    match error.kind() {
+        std::io::ErrorKind::PermissionDenied => {
+            format!("{error}: run Icecore as root or as QEMU's user")
+        }
+        _ => error.to_string(),
+    }
 }

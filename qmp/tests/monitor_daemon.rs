@@ -92,5 +92,5 @@ async fn the_death_of_qemu_ends_calls_and_events() {
     assert!(monitor.ended().is_some());
     assert!(events.recv().await.is_err());
     let gone = Monitor::connect(daemon.monitor(), DEADLINE).await;
-    assert!(matches!(gone, Err(QmpError::Connect { .. })), "{gone:?}");
+    assert!(matches!(gone, Err(QmpError::NobodyListens { .. })), "{gone:?}");
 }

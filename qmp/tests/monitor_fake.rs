@@ -48,7 +48,11 @@ async fn what_cannot_be_connected_to_is_named() {
     assert!(matches!(error, QmpError::NoSocket { .. }), "{error}");
     std::fs::write(&path, "").unwrap();
     let error = Monitor::connect(&path, DEADLINE).await.unwrap_err();
+    assert!(matches!(error, QmpError::NobodyListens { .. }), "{error}");
+    let other = path.join("x".repeat(200));
+    let error = Monitor::connect(&other, DEADLINE).await.unwrap_err();
     assert!(matches!(error, QmpError::Connect { .. }), "{error}");
+    assert!(!error.nobody_there(), "it says nothing about a QEMU");
 }
 
 #[tokio::test]

@@ -399,9 +399,8 @@ impl From<QmpError> for GuardianError {
             QmpError::Refused { .. } | QmpError::Content { .. } | QmpError::Busy { .. } => {
                 ErrorKind::Qemu
             }
-            QmpError::NoSocket { .. } | QmpError::Connect { .. } | QmpError::NotQmp { .. } => {
-                ErrorKind::Unreachable
-            }
+            QmpError::NoSocket { .. } | QmpError::NobodyListens { .. } => ErrorKind::Unreachable,
+            QmpError::Connect { .. } | QmpError::NotQmp { .. } => ErrorKind::NotConnected,
             _ => ErrorKind::Refused,
         };
         Self { kind, message: error.to_string() }

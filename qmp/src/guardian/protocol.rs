@@ -331,8 +331,11 @@ pub struct GuardianError {
 pub enum ErrorKind {
     /// QEMU or its guest cannot be used for this now; nothing was changed.
     Refused,
-    /// There is no QEMU behind the socket.
+    /// There is no process behind the monitor's socket: its QEMU has ended, and all that was ours
+    /// in it.
     Unreachable,
+    /// The monitor's socket cannot be connected to or speaks no QMP; its QEMU may well live.
+    NotConnected,
     /// A filesystem-consistent instant was required and not reached.
     NotFrozen,
     /// QEMU answered with an error.

@@ -83,7 +83,7 @@ enum Round {
 
 async fn round(link: &mut Link, intents: &mut Intents, hands: &Hands) -> Round {
     if let Err(error) = link.revive().await {
-        return if matches!(error, QmpError::NoSocket { .. } | QmpError::Connect { .. }) {
+        return if error.nobody_there() {
             Round::Over(Report { left: Vec::new(), qemu_gone: true })
         } else {
             Round::Again(vec![error.to_string()])
