@@ -20,6 +20,10 @@ const SENTINELS: &str = "ic-sentinels";
 /// Name of the bitmap with the samples, on the [`Role::Map`] node.
 const SAMPLES: &str = "ic-samples";
 
+/// Most bytes marked by one command. The monitor's `qemu-io` refuses 2 GiB (QEMU
+/// include/block/block-common.h, `BDRV_REQUEST_MAX_BYTES`).
+const MARK_BYTES_MAX: u64 = 1 << 30;
+
 /// A disk to capture.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskPlan {
@@ -131,16 +135,27 @@ fn sentinels(run: RunId, disk: DiskIndex, plan: &DiskPlan, bitmap: &NewBitmap) -
     steps.push(Step::Expect {
         node: plan.bitmap_node.clone(),
         bitmap: bitmap.name.clone(),
-        dirty_bytes_min: dirty_bytes_min(&granules, bitmap.granularity),
+        dirty_bytes_min: dirty_bytes_min(&granules, plan.size_bytes, bitmap.granularity),
     });
     steps.push(Step::Run(Call::remove_node(&map)));
     steps
 }
 
-/// A short last granule may be counted in full or not: only what lies before it is certain.
-fn dirty_bytes_min(granules: &[Range<u64>], granularity: Granularity) -> u64 {
-    let before_last = granules.len().saturating_sub(1) as u64;
-    before_last * granularity.bytes() + u64::from(!granules.is_empty())
+/// What a bitmap of a disk of `size_bytes` shows at least once `ranges` are marked: every granule
+/// that they touch, once. A short last granule may be counted in full or not: of it only one byte
+/// is certain.
+fn dirty_bytes_min(ranges: &[Range<u64>], size_bytes: u64, granularity: Granularity) -> u64 {
+    let granule = granularity.bytes();
+    let touched = |range: &Range<u64>| (range.start / granule, range.end.div_ceil(granule));
+    let mut spans: Vec<_> = ranges.iter().filter(|r| !r.is_empty()).map(touched).collect();
+    spans.sort_unstable();
+    let (mut granules, mut counted) = (0, 0);
+    for (first, end) in spans {
+        granules += end.saturating_sub(first.max(counted));
+        counted = counted.max(end);
+    }
+    let short_last = size_bytes % granule != 0 && counted.saturating_mul(granule) > size_bytes;
+    granules.saturating_mul(granule) - if short_last { granule - 1 } else { 0 }
 }
 
 fn marked_map(
@@ -154,8 +169,18 @@ fn marked_map(
         Step::Run(Call::null_node(map, size_bytes)),
         Step::Run(Call::add_bitmap(map, bitmap, granularity, false)),
     ];
-    steps.extend(marks.iter().map(|range| Step::Run(Call::mark(map, range))));
+    steps.extend(marked(map, marks));
     steps
+}
+
+/// Marks each range, in pieces that one command takes.
+fn marked(map: &str, ranges: &[Range<u64>]) -> impl Iterator<Item = Step> {
+    let piece = |from: u64, end: u64| from..end.min(from.saturating_add(MARK_BYTES_MAX));
+    let pieces = ranges.iter().flat_map(move |range| {
+        let starts = range.clone().step_by(MARK_BYTES_MAX as usize);
+        starts.map(move |from| piece(from, range.end))
+    });
+    pieces.map(|piece| Step::Run(Call::mark(map, &piece)))
 }
 
 /// Makes the disk's changes readable through an export of the snapshot: a copy of `base`, with
@@ -201,9 +226,12 @@ pub fn push_bitmap(
     steps.push(Step::Run(Call::merge_bitmap(&snap, DIRTY_BITMAP, &map, DIRTY_BITMAP)));
     if !samples.is_empty() {
         steps.push(Step::Run(Call::add_bitmap(&map, SAMPLES, base.granularity, false)));
-        let marks = samples.iter().map(|range| Step::Run(Call::mark(&map, range)));
-        steps.extend(marks);
-        steps.push(Step::Expect { node: map.clone(), bitmap: SAMPLES.into(), dirty_bytes_min: 1 });
+        steps.extend(marked(&map, samples));
+        steps.push(Step::Expect {
+            node: map.clone(),
+            bitmap: SAMPLES.into(),
+            dirty_bytes_min: dirty_bytes_min(samples, plan.size_bytes, base.granularity),
+        });
         steps.push(Step::Run(Call::merge_bitmap(&snap, DIRTY_BITMAP, &map, SAMPLES)));
     }
     steps
@@ -230,5 +258,30 @@ mod tests {
                 assert!(!touching.contains(&call.name), "{}", call.name);
             }
         }
+    }
+
+    #[test]
+    fn large_ranges_are_marked_in_pieces() {
+        const GIB: u64 = 1 << 30;
+        let steps: Vec<_> = marked("m", &[4096..8192, GIB..3 * GIB + 512]).collect();
+        let lines = steps.iter().map(|step| match step {
+            Step::Run(call) => call.arguments["command-line"].as_str().unwrap_or_default(),
+            _ => "",
+        });
+        let wanted = [(4096, 4096), (GIB, GIB), (2 * GIB, GIB), (3 * GIB, 512)]
+            .map(|(at, length)| format!("qemu-io m \"write -q -z {at} {length}\""));
+        assert_eq!(lines.collect::<Vec<_>>(), wanted);
+    }
+
+    #[test]
+    fn each_granule_counts_once() {
+        let granularity = Granularity::DEFAULT;
+        let g = granularity.bytes();
+        let bytes = |ranges: &[Range<u64>], size| dirty_bytes_min(ranges, size, granularity);
+        assert_eq!(bytes(&[], 10 * g), 0);
+        assert_eq!(bytes(&[0..1, 0..g, g - 1..g + 1], 10 * g), 2 * g, "overlaps");
+        assert_eq!(bytes(&[5 * g..8 * g, 0..g], 10 * g), 4 * g, "in any order");
+        assert_eq!(bytes(&[0..g, 9 * g..9 * g + 512], 9 * g + 512), g + 1, "a short last one");
+        assert_eq!(bytes(&[0..g], 9 * g + 512), g);
     }
 }
