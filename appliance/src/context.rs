@@ -63,6 +63,16 @@ impl Context {
         }
     }
 
+    /// The name under which a job remembers a repository: one that stays right in another working
+    /// directory and after a change of the configuration.
+    pub fn repository_name(&self, repo: &str) -> Outcome<String> {
+        let path = self.repository_path(repo)?;
+        let absolute = std::path::absolute(path);
+        let absolute =
+            absolute.map_err(|e| Failure::usage(format!("open the repository {repo}"), e))?;
+        Ok(absolute.display().to_string())
+    }
+
     /// Opens a repository for reading and writing.
     pub fn open(&self, repo: &str) -> Outcome<Repository> {
         self.open_with(repo, false)

@@ -1,7 +1,7 @@
 //! The data plane as commands use it: its options, its threads, its figures.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use icecore_io_engine::{Budget, EngineError, Options};
@@ -14,6 +14,30 @@ const OVERHEAD_BYTES: u64 = 24 << 20;
 /// More than this gains nothing (measured): requests in flight and blocks being compressed.
 const PIPELINE_BYTES_MAX: u64 = 32 << 20;
 
+/// Whether data are being moved, and the sign of life of the threads that move them.
+#[derive(Debug, Clone, Default)]
+pub struct Activity {
+    /// Raised by each data thread whenever it wakes.
+    pub pulse: Arc<AtomicU64>,
+    running: Arc<AtomicUsize>,
+}
+
+impl Activity {
+    /// Whether a run of the data plane is under way.
+    pub fn is_running(&self) -> bool {
+        self.running.load(Ordering::Relaxed) > 0
+    }
+}
+
+/// Counts a run of the data plane for as long as it lasts.
+struct Running(Arc<AtomicUsize>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Options of one run of the data plane within the process's memory, ended by `cancel`.
 pub fn options(context: &Context, cancel: &Arc<AtomicBool>) -> Options {
     let memory = context.memory.saturating_sub(OVERHEAD_BYTES).min(PIPELINE_BYTES_MAX);
@@ -22,7 +46,21 @@ pub fn options(context: &Context, cancel: &Arc<AtomicBool>) -> Options {
     options
 }
 
-/// Runs the data plane in a thread of its own, so that signals and the guardian are heard.
+/// As [`blocking`], on connections whose guardian watches the pulse of the data threads.
+pub async fn watched<T: Send + 'static>(
+    activity: &Activity,
+    work: impl FnOnce() -> Result<T, EngineError> + Send + 'static,
+) -> Result<T, EngineError> {
+    activity.running.fetch_add(1, Ordering::Relaxed);
+    let running = Running(Arc::clone(&activity.running));
+    blocking(move || {
+        let _running = running;
+        work()
+    })
+    .await
+}
+
+/// Runs the data plane in a thread of its own, so that signals are heard.
 pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, EngineError> + Send + 'static,
 ) -> Result<T, EngineError> {

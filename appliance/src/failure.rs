@@ -33,6 +33,8 @@ pub struct Failure {
     pub why: String,
     /// What to do next, where there is something to say.
     pub next: Option<String>,
+    /// Something of the run may still be there: its journal is kept for the next start.
+    pub unclean: bool,
 }
 
 /// Result of everything in this package.
@@ -41,7 +43,8 @@ pub type Outcome<T> = Result<T, Failure>;
 impl Failure {
     /// A failure with status 1.
     pub fn failed(tried: impl Into<String>, why: impl fmt::Display) -> Self {
-        Self { status: Status::Failed, tried: tried.into(), why: why.to_string(), next: None }
+        let (tried, why) = (tried.into(), why.to_string());
+        Self { status: Status::Failed, tried, why, next: None, unclean: false }
     }
 
     /// Wrong usage or configuration, status 2.
@@ -80,6 +83,12 @@ impl Failure {
             _ => Status::Failed,
         };
         Self { status, ..Self::failed(tried, error) }
+    }
+
+    /// Says that something of the run may still be there.
+    pub fn unclean(mut self) -> Self {
+        self.unclean = true;
+        self
     }
 
     /// Adds what to do next.

@@ -1,11 +1,9 @@
 //! A run: its record, its locks, and their end.
 
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
-
 use jiff::Timestamp;
 
 use crate::context::Context;
+use crate::data::Activity;
 use crate::failure::{Failure, Outcome};
 use crate::state::intents;
 use crate::state::locks::{Lock, LockKey};
@@ -15,7 +13,7 @@ use crate::state::{JobId, JobKind, JobRecord, JobStatus};
 #[derive(Debug)]
 pub struct Job {
     pub record: JobRecord,
-    pulse: Arc<AtomicU64>,
+    activity: Activity,
     _locks: Vec<Lock>,
 }
 
@@ -36,7 +34,7 @@ impl Job {
             locks.push(Lock::take(&context.state, key, &id, tried)?);
         }
         let record = JobRecord::new(id, kind, repository, now);
-        Ok(Self { record, pulse: Arc::default(), _locks: locks })
+        Ok(Self { record, activity: Activity::default(), _locks: locks })
     }
 
     /// The job's id.
@@ -44,9 +42,9 @@ impl Job {
         &self.record.job
     }
 
-    /// The counter that the data plane's threads of this run raise as they wake.
-    pub fn pulse(&self) -> Arc<AtomicU64> {
-        Arc::clone(&self.pulse)
+    /// What the data plane of this run is doing.
+    pub fn activity(&self) -> Activity {
+        self.activity.clone()
     }
 
     /// Writes the record.
@@ -61,7 +59,11 @@ impl Job {
     }
 
     /// Ends the run with its outcome. A record that cannot be written any more does not hide it.
+    /// A run of which something may be left stays unfinished: the next start deals with it.
     pub fn end<T>(mut self, context: &Context, outcome: Outcome<T>) -> Outcome<T> {
+        if outcome.as_ref().is_err_and(|failure| failure.unclean) {
+            return outcome;
+        }
         let failure: Option<&Failure> = outcome.as_ref().err();
         if let Err(also) = self.record.end(&context.state, Timestamp::now(), failure) {
             tracing::warn!("the job record was not written: {also}");

@@ -3,11 +3,13 @@
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use icecore_io_engine::{Lane, Op, Want, Wire, WireError, WireErrorKind};
 use icecore_nbd_client::error::{ProtocolError, RequestError, SubmitError};
 use icecore_nbd_client::transmission::{self, Transmission};
-use icecore_nbd_client::{Blocking, Control, Endpoint, Options, Uri};
+use icecore_nbd_client::{Blocking, Control, Endpoint, ExportInfo, Options, Uri};
 use icecore_qmp::guardian::GuardianClient;
 
 use crate::failure::{Failure, Outcome};
@@ -65,8 +67,14 @@ pub struct HangUp(OwnedFd);
 
 impl Drop for HangUp {
     fn drop(&mut self) {
-        // A peer that is gone has hung up already.
+        // A peer that is gone has hung up already. One that is stuck in sending is woken only by
+        // room in the socket: what lies in it is read and thrown away.
         let _ = rustix::net::shutdown(&self.0, rustix::net::Shutdown::Both);
+        let mut rubbish = [0u8; 64 << 10];
+        while let Ok((1.., _)) =
+            rustix::net::recv(&self.0, &mut rubbish[..], rustix::net::RecvFlags::DONTWAIT)
+        {
+        }
     }
 }
 
@@ -118,35 +126,64 @@ pub async fn control(peer: &Peer, bitmap: Option<&str>, tried: &str) -> Outcome<
 
 /// Connects as often as the server allows, for data.
 pub async fn lanes(peer: &Peer, tried: &str) -> Outcome<Lanes> {
+    Ok(target_lanes(peer, |_| Ok(()), tried).await?.lanes)
+}
+
+/// Connections to an export that is written to as a whole.
+#[derive(Debug)]
+pub struct TargetLanes {
+    pub lanes: Lanes,
+    /// The server takes several connections, now and later.
+    pub several: bool,
+    /// Set when a request to change the export may have been sent.
+    pub wrote: Arc<AtomicBool>,
+}
+
+/// As [`lanes`], where the export is one that `accept` takes. A server may serve a single
+/// connection in its life: the first one, over which it is described, is a lane already.
+pub async fn target_lanes(
+    peer: &Peer,
+    accept: impl Fn(&ExportInfo) -> Outcome<()>,
+    tried: &str,
+) -> Outcome<TargetLanes> {
     let options = Options::default();
     let mut lanes = Lanes { set: Vec::new(), hang_up: Vec::new() };
-    let mut wanted = 1;
+    let wrote = Arc::new(AtomicBool::new(false));
+    let (mut several, mut wanted) = (false, 1);
     while lanes.set.len() < wanted {
         let (control, hang_up) = peer.connect(&options, tried).await?;
+        accept(control.export())?;
         if control.export().multi_conn() {
-            wanted = LANES_MAX;
+            (several, wanted) = (true, LANES_MAX);
         }
         let (fd, transmission) =
             control.into_stream(Blocking::Yes).map_err(|e| Failure::failed(tried, e))?;
-        lanes.set.push(Lane::Stream { fd, wire: Box::new(NbdWire(transmission)) });
+        let wire = Box::new(NbdWire { transmission, wrote: Arc::clone(&wrote) });
+        lanes.set.push(Lane::Stream { fd, wire });
         lanes.hang_up.push(hang_up);
     }
-    Ok(lanes)
+    Ok(TargetLanes { lanes, several, wrote })
 }
 
 /// NBD's transmission phase as the data plane wants it.
-struct NbdWire(Transmission);
+struct NbdWire {
+    transmission: Transmission,
+    wrote: Arc<AtomicBool>,
+}
 
 impl Wire for NbdWire {
     fn max_in_flight(&self) -> u32 {
-        self.0.max_in_flight()
+        self.transmission.max_in_flight()
     }
 
     fn max_request(&self) -> u32 {
-        self.0.max_request()
+        self.transmission.max_request()
     }
 
     fn submit(&mut self, tag: u64, op: Op, offset: u64, len: u32) -> Result<(), WireError> {
+        if matches!(op, Op::Write | Op::WriteZeroes { .. } | Op::Trim) {
+            self.wrote.store(true, Ordering::Relaxed);
+        }
         let op = match op {
             Op::Read => transmission::Op::Read,
             Op::Write => transmission::Op::Write,
@@ -154,19 +191,19 @@ impl Wire for NbdWire {
             Op::Trim => transmission::Op::Trim,
             Op::Flush => transmission::Op::Flush,
         };
-        self.0.submit(tag, op, offset, len).map_err(|e| not_sent(&e))
+        self.transmission.submit(tag, op, offset, len).map_err(|e| not_sent(&e))
     }
 
     fn transmit(&self) -> &[u8] {
-        self.0.transmit()
+        self.transmission.transmit()
     }
 
     fn transmitted(&mut self, n: usize) {
-        self.0.transmitted(n);
+        self.transmission.transmitted(n);
     }
 
     fn want(&self) -> Want {
-        match self.0.want() {
+        match self.transmission.want() {
             transmission::Want::Header(bytes) => Want::Header(bytes),
             transmission::Want::Payload { tag, at, len } => Want::Payload { tag, at, len },
             transmission::Want::Closed => Want::Closed,
@@ -174,19 +211,19 @@ impl Wire for NbdWire {
     }
 
     fn header(&mut self, bytes: &[u8]) -> Result<(), WireError> {
-        self.0.header(bytes).map_err(|e| broken(&e))
+        self.transmission.header(bytes).map_err(|e| broken(&e))
     }
 
     fn payload_done(&mut self) -> Result<(), WireError> {
-        self.0.payload_done().map_err(|e| broken(&e))
+        self.transmission.payload_done().map_err(|e| broken(&e))
     }
 
     fn zero_fill(&mut self) -> Option<(u64, u32, u32)> {
-        self.0.zero_fill()
+        self.transmission.zero_fill()
     }
 
     fn completed(&mut self) -> Option<(u64, Result<(), WireError>)> {
-        self.0.completed().map(|(tag, result)| (tag, result.map_err(|e| refused(&e))))
+        self.transmission.completed().map(|(tag, result)| (tag, result.map_err(|e| refused(&e))))
     }
 }
 

@@ -2,11 +2,13 @@
 //! their host. Decisions are pure functions of `qmp::recover`; here they get their facts.
 
 use std::path::Path;
+use std::time::Duration;
 
 use icecore_qmp::bitmap::{NamePart, Owner};
 use icecore_qmp::guardian::GuardianClient;
+use icecore_qmp::guardian::protocol::ErrorKind;
 use icecore_qmp::recover::{CommitState, Intents, RollbackIntent};
-use icecore_repository::PointId;
+use icecore_repository::{OpenOptions, PointId, Repository};
 use jiff::Timestamp;
 
 use crate::capture::qmp::failure;
@@ -17,6 +19,9 @@ use crate::points::is_alive;
 use crate::state::intents;
 use crate::state::jobs::{self, JobKind, JobRecord, JobStatus};
 use crate::state::locks::{Lock, LockKey};
+
+/// How long a repository may take to say whether it holds a point.
+const REPOSITORY_WAIT: Duration = Duration::from_secs(30);
 
 /// What became of a dead run.
 #[derive(Debug, Clone)]
@@ -34,16 +39,18 @@ pub fn dead_runs(context: &Context) -> Vec<JobRecord> {
 }
 
 /// Deals with every dead run. One that cannot be dealt with now (its QEMU hangs) stays for the next
-/// start, and is no reason not to go on with another VM.
-pub async fn recover_all(context: &Context) -> Vec<Recovered> {
+/// start, and is no reason not to go on with another VM. `own` is the QMP socket of the VM that
+/// this command is about: its guardian is waited for, those of others are not.
+pub async fn recover_all(context: &Context, own: Option<&Path>) -> Vec<Recovered> {
     let mut all = Vec::new();
     for record in dead_runs(context) {
         let job = record.job.to_string();
-        match recover(context, record).await {
-            Ok(recovered) => {
+        match recover(context, &record, own).await {
+            Ok(Some(recovered)) => {
                 tracing::info!(job, "recovered: {}", recovered.what);
                 all.push(recovered);
             }
+            Ok(None) => {}
             Err(why) => {
                 tracing::warn!(job, "not recovered yet: {why}");
                 let what = "not recovered yet".into();
@@ -54,84 +61,128 @@ pub async fn recover_all(context: &Context) -> Vec<Recovered> {
     all
 }
 
-async fn recover(context: &Context, mut record: JobRecord) -> Outcome<Recovered> {
+/// Deals with one run; `None` when somebody else does.
+async fn recover(
+    context: &Context,
+    found: &JobRecord,
+    own: Option<&Path>,
+) -> Outcome<Option<Recovered>> {
+    let tried = format!("recover job {}", found.job);
+    let Ok(_lock) = Lock::take(&context.state, &LockKey::job(&found.job), &found.job, &tried) else {
+        return Ok(None);
+    };
+    // Whoever held the lock may have dealt with it.
+    let now = jobs::all(&context.state).into_iter().find(|record| record.job == found.job);
+    let Some(mut record) = now.filter(|record| !record.status.is_final()) else { return Ok(None) };
     let job = record.job.to_string();
+    let writing = was_writing(context, &record);
     let left = match record.qmp.clone() {
-        Some(qmp) => recover_qemu(context, &record, &qmp).await?,
+        Some(qmp) => recover_qemu(context, &record, &qmp, own, &tried).await?,
         None => Vec::new(),
     };
+    if !left.is_empty() {
+        return Ok(Some(Recovered { job, what: "something is left".into(), left }));
+    }
     for unfinished in &record.files {
         remove_unfinished(unfinished)?;
     }
-    if !left.is_empty() {
-        return Ok(Recovered { job, what: "something is left".into(), left });
-    }
-    remove_scratch(&record);
+    remove_directories(context, &record);
     let backup = record.kind == JobKind::Backup;
-    let committed = backup && commit_state(context, &record) == CommitState::Committed;
+    let committed = backup && commit_state(context, &record).await == CommitState::Committed;
     record.status = if committed { JobStatus::Available } else { JobStatus::Error };
-    if !committed {
-        record.failure_reason = Some(reason(context, &record));
-    }
+    record.failure_reason = if committed { None } else { Some(reason(writing)) };
     record.ended_at = Some(Timestamp::now());
     record.save(&context.state)?;
     intents::forget(&context.state, &record.job)?;
     Lock::forget(&context.state, &LockKey::job(&record.job));
-    let what = if committed { "its point was committed" } else { "undone" };
-    Ok(Recovered { job, what: what.into(), left })
+    let what = match (committed, writing) {
+        (true, _) => "its point was committed",
+        (_, true) => "half-written: run the rollback again",
+        _ => "undone",
+    };
+    let left = if writing { vec![reason(true)] } else { Vec::new() };
+    Ok(Some(Recovered { job, what: what.into(), left }))
+}
+
+/// Whether the run was a rollback that had begun to write.
+fn was_writing(context: &Context, record: &JobRecord) -> bool {
+    let intents = intents::read::<Intents>(&context.state, &record.job).ok().flatten();
+    let last = intents.and_then(|mut all| all.pop());
+    last.is_some_and(|last| last.rollback == RollbackIntent::Writing)
 }
 
 /// What the record of a dead run says.
-fn reason(context: &Context, record: &JobRecord) -> String {
-    let intents = intents::read::<Intents>(&context.state, &record.job).ok().flatten();
-    let last = intents.and_then(|mut all| all.pop());
-    if last.is_some_and(|last| last.rollback == RollbackIntent::Writing) {
-        return "the rollback was cut off after its first write, and the VM stays stopped: run it \
-                again to finish it, or roll back to its safety point"
-            .into();
+fn reason(writing: bool) -> String {
+    if writing {
+        "the rollback was cut off after its first write, and the VM stays stopped: run it again to \
+         finish it, or roll back to its safety point"
+            .into()
+    } else {
+        "the run ended without a word: killed, or the host went down".into()
     }
-    "the run ended without a word: killed, or the host went down".into()
 }
 
-/// Undoes what is left in QEMU. A QEMU that is gone has taken everything with it.
-async fn recover_qemu(context: &Context, record: &JobRecord, qmp: &Path) -> Outcome<Vec<String>> {
-    let tried = format!("recover job {}", record.job);
-    let Some(last) =
-        intents::read::<Intents>(&context.state, &record.job)?.and_then(|mut all| all.pop())
-    else {
-        return Ok(Vec::new());
-    };
-    if std::os::unix::net::UnixStream::connect(qmp).is_err() {
-        return Ok(Vec::new());
-    }
+/// Undoes what is left in QEMU, at once; what becomes of the bitmaps is asked of the repository
+/// afterwards. A QEMU that is gone has taken everything with it.
+async fn recover_qemu(
+    context: &Context,
+    record: &JobRecord,
+    qmp: &Path,
+    own: Option<&Path>,
+    tried: &str,
+) -> Outcome<Vec<String>> {
+    let recorded = intents::read::<Intents>(&context.state, &record.job)?;
+    let Some(last) = recorded.and_then(|mut all| all.pop()) else { return Ok(Vec::new()) };
     // A guardian that is still undoing the run ends first.
-    let lock = Lock::wait_for_guardian(&context.state, &LockKey::guardian(qmp), &tried).await?;
-    let guardian = guardian_process::start(vec![lock], &tried)?;
-    guardian.connect(qmp.to_owned(), record.qga.clone()).await.map_err(|e| failure(&tried, e))?;
-    let commit = commit_state(context, record);
-    let mut facts = Intents { commit, ..last };
+    let key = LockKey::guardian(qmp);
+    let is_own = own.is_some_and(|own| LockKey::guardian(own) == key);
+    let lock = match is_own {
+        true => Lock::wait_for_guardian(&context.state, &key, tried).await?,
+        false => Lock::take(&context.state, &key, &record.job, tried)?,
+    };
+    let guardian = guardian_process::start(vec![lock], tried)?;
+    match guardian.connect(qmp.to_owned(), record.qga.clone()).await {
+        Err(error) if error.kind == ErrorKind::Unreachable => return Ok(Vec::new()),
+        other => other.map_err(|e| failure(tried, e))?,
+    }
+    let socket = record.scratch.as_ref().map(|dir| dir.join("nbd.sock"));
+    let first = Intents { commit: CommitState::Unknown, ..last.clone() };
+    let undone = guardian.recover(first, socket.clone()).await.map_err(|e| failure(tried, e))?;
+    if !undone.left.is_empty() {
+        return Ok(undone.left);
+    }
+    let commit = commit_state(context, record).await;
+    let mut facts = Intents { commit, disks: last.disks, ..Intents::unknown(last.run) };
     if commit == CommitState::Committed
         && let Some(first) = facts.disks.first_mut()
     {
-        first.old_bitmaps = superseded(&guardian, record, &tried).await?;
+        first.old_bitmaps = superseded(&guardian, record, tried).await?;
     }
-    let socket = record.scratch.as_ref().map(|dir| dir.join("nbd.sock"));
-    let released = guardian.recover(facts, socket).await.map_err(|e| failure(&tried, e))?;
+    let released = guardian.recover(facts, socket).await.map_err(|e| failure(tried, e))?;
     Ok(released.left)
 }
 
-/// Whether the run's point is in the repository.
-fn commit_state(context: &Context, record: &JobRecord) -> CommitState {
+/// Whether the run's point is in the repository. One that does not answer decides nothing.
+async fn commit_state(context: &Context, record: &JobRecord) -> CommitState {
     let Some(point) = record.point.as_ref().and_then(|id| id.parse::<PointId>().ok()) else {
         return CommitState::NotCommitted;
     };
-    let Ok(repository) = context.open(&record.repository) else {
+    let Ok(path) = context.repository_path(&record.repository) else {
         return CommitState::Unknown;
     };
-    match repository.confirm_point(&point) {
-        Ok(Some(_)) => CommitState::Committed,
-        Ok(None) => CommitState::NotCommitted,
-        Err(_) => CommitState::Unknown,
+    let wanted = record.repository_id.clone();
+    let asked = tokio::task::spawn_blocking(move || {
+        let repository = Repository::open(path, OpenOptions::default()).ok()?;
+        // Another repository at the same place knows nothing of this point.
+        if wanted.is_some_and(|id| id != repository.id().to_string()) {
+            return None;
+        }
+        repository.confirm_point(&point).ok()
+    });
+    match tokio::time::timeout(REPOSITORY_WAIT, asked).await {
+        Ok(Ok(Some(Some(_)))) => CommitState::Committed,
+        Ok(Ok(Some(None))) => CommitState::NotCommitted,
+        _ => CommitState::Unknown,
     }
 }
 
@@ -174,11 +225,15 @@ fn remove_unfinished(path: &Path) -> Outcome<()> {
     }
 }
 
-fn remove_scratch(record: &JobRecord) {
-    if let Some(scratch) = &record.scratch
-        && let Err(e) = std::fs::remove_dir_all(scratch)
-        && e.kind() != std::io::ErrorKind::NotFound
-    {
-        tracing::warn!(path = %scratch.display(), "scratch directory not removed: {e}");
+/// The run's scratch directory, and the one of its sockets.
+fn remove_directories(context: &Context, record: &JobRecord) {
+    let sockets = context.state.root().join("run").join(record.job.run());
+    let own = [record.scratch.clone(), Some(sockets)];
+    for directory in own.iter().flatten() {
+        if let Err(e) = std::fs::remove_dir_all(directory)
+            && e.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %directory.display(), "not removed: {e}");
+        }
     }
 }

@@ -71,6 +71,14 @@ impl Vm {
         Ok(Self { name: vm_name(name, tried)?, reach, disks: Vec::new() })
     }
 
+    /// Its QMP socket, if it runs.
+    pub fn qmp(&self) -> Option<&Path> {
+        match &self.reach {
+            Reach::Qmp { qmp, .. } => Some(qmp),
+            Reach::Images(_) => None,
+        }
+    }
+
     /// The locks that keep others away from this VM.
     pub fn lock_keys(&self) -> Vec<LockKey> {
         let mut keys = vec![LockKey::vm(self.name.as_str())];

@@ -21,7 +21,7 @@ use crate::capture::spool::Spool;
 use crate::capture::trim::Trimmer;
 use crate::capture::trust::{self, Trial};
 use crate::capture::{Capture, Data, DirtyMap, Readable};
-use crate::data;
+use crate::data::{self, Activity};
 use crate::failure::{Failure, Outcome};
 use crate::nbd::{self, Lanes};
 use crate::progress::{Meter, Progress};
@@ -190,14 +190,15 @@ impl<C: Capture> Backup<'_, C> {
         let _hang_up = lanes.hang_up;
         let (items, counted) = Counted::new(items);
         let mut options = data::options(self.context, &self.interrupt.flag());
-        options.control.pulse = self.job.pulse();
+        let activity = self.job.activity();
+        options.control.pulse = Arc::clone(&activity.pulse);
         if let Some(rate) = self.request.rate_limit {
             options.control.rate.store(rate, Ordering::Relaxed);
         }
         let label = format!("{} {}", self.request.vm, disk.seen.id);
         let meter = Meter::new(readable.size_bytes, Arc::clone(&options.control.progress));
         let _shown = Progress::show(label, meter, self.context.quiet);
-        let run = DataRun { set, items, options, size: readable.size_bytes };
+        let run = DataRun { set, items, options, size: readable.size_bytes, activity };
         let moved = match writer {
             None => run.hash_only(self.repository).await,
             Some(writer) => {
@@ -261,14 +262,15 @@ struct DataRun<I> {
     items: I,
     options: Options,
     size: u64,
+    activity: Activity,
 }
 
 impl<I: Iterator<Item = PlanItem> + Send + 'static> DataRun<I> {
     /// Reads and hashes, stores nothing.
     async fn hash_only(self, repository: &Repository) -> Result<Moved, EngineError> {
-        let Self { mut set, items, options, size } = self;
+        let Self { mut set, items, options, size, activity } = self;
         let (block_size, hasher) = (repository.block_size(), repository.hasher());
-        data::blocking(move || {
+        data::watched(&activity, move || {
             let stats = dry_run(&mut set, size, block_size, hasher, items, &options)?;
             let counted = &options.control.progress;
             Ok(Moved {
@@ -289,7 +291,7 @@ impl<I: Iterator<Item = PlanItem> + Send + 'static> DataRun<I> {
         writer: DiskWriter,
         source: &Data,
     ) -> Result<Moved, EngineError> {
-        let Self { mut set, items, options, size } = self;
+        let Self { mut set, items, options, size, activity } = self;
         let block_size = repository.block_size();
         let block = u64::from(block_size.bytes());
         let trimmer = match source {
@@ -300,7 +302,7 @@ impl<I: Iterator<Item = PlanItem> + Send + 'static> DataRun<I> {
         let durable = move |index: BlockIndex| {
             mark.store(index.0.saturating_mul(block).min(size), Ordering::Relaxed);
         };
-        let stored = data::blocking(move || {
+        let stored = data::watched(&activity, move || {
             let stats = backup(&mut set, size, block_size, writer, items, &options, durable);
             stats.map(|stats| moved(&stats))
         })

@@ -165,7 +165,13 @@ impl<C: Capture> Backup<'_, C> {
     /// The chain that grows; none for a new one.
     fn chain(&self) -> Outcome<Option<ChainId>> {
         if self.request.level == Level::Full {
-            return Ok(None);
+            return match &self.request.chain {
+                None => Ok(None),
+                Some(_) => Err(Failure::usage(
+                    self.tried(),
+                    "--level full starts a chain of its own, so --chain cannot be kept",
+                )),
+            };
         }
         let failed = |e| Failure::from_repository(self.tried(), e);
         let points = self.repository.points().map_err(failed)?;
@@ -268,14 +274,18 @@ impl<C: Capture> Backup<'_, C> {
 
     /// Ends a run that failed before its commit.
     async fn give_up(&mut self, writer: Option<PointWriter>, failure: Failure) -> Failure {
-        // The first failure is the one to report; what follows is said in the log.
-        if let Err(also) = self.capture.settle(Fate::NotCommitted).await {
-            tracing::warn!("while cleaning up: {also}");
-        }
+        let settled = self.capture.settle(Fate::NotCommitted).await;
         if let Some(writer) = writer {
             writer.abort();
         }
-        failure
+        match settled {
+            Ok(()) => failure,
+            // The first failure is the one to report; what could not be undone is added.
+            Err(also) => {
+                let why = format!("{}; {}", failure.why, also.why);
+                Failure { why, unclean: failure.unclean || also.unclean, ..failure }
+            }
+        }
     }
 
     fn meta(&self, created_at: Timestamp, taken: &Taken, disks: Vec<DiskMeta>) -> PointMeta {

@@ -14,7 +14,14 @@ const STRETCH_BYTES: u64 = 8 << 30;
 const ITEMS_AHEAD: usize = 1024;
 
 /// An item, or why there are no more.
-pub type Item = Result<ReadItem, Box<dyn std::error::Error + Send + Sync>>;
+pub type Item = Result<ReadItem, Failed>;
+
+/// What is sent: the end is said, so that a task that died is not taken for one.
+enum Message {
+    Item(ReadItem),
+    Failed(Failed),
+    End,
+}
 
 /// Which part of the disk changed.
 #[derive(Debug, Clone)]
@@ -30,25 +37,37 @@ pub fn stream(control: Questions, scope: Scope, size: u64) -> Changes {
     let (items, receiver) = mpsc::channel(ITEMS_AHEAD);
     tokio::spawn(async move {
         let mut source = Source { control, scope, size };
-        if let Err(failure) = source.run(&items).await {
-            // A receiver that is gone has failed before us, and with a better reason.
-            let _ = items.send(Err(failure)).await;
-        }
+        let last = match source.run(&items).await {
+            Ok(()) => Message::End,
+            Err(failure) => Message::Failed(failure),
+        };
+        // A receiver that is gone has failed before us, and with a better reason.
+        let _ = items.send(last).await;
     });
-    Changes { receiver }
+    Changes { receiver, ended: false }
 }
 
 /// The data plane's end of the stream.
-#[derive(Debug)]
 pub struct Changes {
-    receiver: mpsc::Receiver<Item>,
+    receiver: mpsc::Receiver<Message>,
+    ended: bool,
 }
 
 impl Iterator for Changes {
     type Item = Item;
 
     fn next(&mut self) -> Option<Item> {
-        self.receiver.blocking_recv()
+        if self.ended {
+            return None;
+        }
+        let message = self.receiver.blocking_recv();
+        self.ended = !matches!(message, Some(Message::Item(_)));
+        match message {
+            Some(Message::Item(item)) => Some(Ok(item)),
+            Some(Message::Failed(failure)) => Some(Err(failure)),
+            Some(Message::End) => None,
+            None => Some(Err("the list of changes broke off".into())),
+        }
     }
 }
 
@@ -61,12 +80,12 @@ struct Source {
 type Failed = Box<dyn std::error::Error + Send + Sync>;
 
 impl Source {
-    async fn run(&mut self, items: &mpsc::Sender<Item>) -> Result<(), Failed> {
+    async fn run(&mut self, items: &mpsc::Sender<Message>) -> Result<(), Failed> {
         let mut at = 0;
         while at < self.size {
             let len = STRETCH_BYTES.min(self.size - at);
             for changed in self.changed(Extent::new(at, len)).await? {
-                items.send(Ok(item(changed))).await.map_err(|_| "the reader is gone")?;
+                items.send(Message::Item(item(changed))).await.map_err(|_| "the reader is gone")?;
             }
             at += len;
         }

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use icecore_nbd_client::Flow;
@@ -20,9 +20,7 @@ use icecore_qmp::guardian::protocol::{
     InstantReport, Prepare, Push, PushState, Then,
 };
 use icecore_qmp::inventory::{Disk, Inventory, Refusal};
-use icecore_qmp::recover::{
-    CommitState, DiskIntent, FreezeIntent, Intents, ServerIntent, StopIntent,
-};
+use icecore_qmp::recover::{CommitState, Intents};
 use icecore_repository::{Consistency, ConsistencyLevel};
 use jiff::Timestamp;
 use serde_json::json;
@@ -31,6 +29,7 @@ use tokio::net::UnixListener;
 use super::scratch::{Owner as User, ScratchDir};
 use super::spool::Spool;
 use super::{Base, Capture, Data, DirtyMap, Fate, Readable, SeenDisk, Taken, Task};
+use crate::data::Activity;
 use crate::failure::{Failure, Outcome, Status};
 use crate::interrupt::Interrupt;
 use crate::nbd::{self, Peer};
@@ -55,8 +54,7 @@ pub struct Settings {
     pub then: Then,
     pub granularity: Granularity,
     pub repository: NamePart,
-    /// Moves with every wake of the data plane's threads.
-    pub pulse: Arc<AtomicU64>,
+    pub activity: Activity,
     pub interrupt: Interrupt,
     pub tried: String,
 }
@@ -110,9 +108,9 @@ impl QmpCapture {
         })
     }
 
-    /// Whether the guest ran before anything was done.
-    pub fn was_running(&self) -> bool {
-        self.was_running
+    /// Who QEMU runs as, when that is known.
+    pub fn user(&self) -> Option<User> {
+        self.user
     }
 
     fn failed(&self, error: GuardianError) -> Failure {
@@ -148,7 +146,7 @@ impl QmpCapture {
             scratch_dir: scratch.path().to_owned(),
         };
         self.scratch = Some(scratch);
-        self.intents.disks = prepare.disks.iter().map(disk_intent).collect();
+        self.intents = Intents::before_prepare(&prepare);
         self.record()?;
         self.guardian.prepare(prepare).await.map_err(|e| self.failed(e))?;
         Ok(())
@@ -167,22 +165,15 @@ impl QmpCapture {
     }
 
     async fn instant(&mut self) -> Outcome<InstantReport> {
-        if self.was_running {
-            self.intents.stop = StopIntent::RanBefore;
-        }
-        if self.settings.freeze != Freeze::No {
-            self.intents.freeze = FreezeIntent::Sent;
-        }
+        let freezes = self.settings.freeze != Freeze::No;
+        self.intents = self.intents.clone().with_instant(self.was_running, freezes);
         self.record()?;
         let plan = InstantPlan { freeze: self.settings.freeze, then: self.settings.then };
         let report = self.guardian.instant(plan).await.map_err(|e| self.failed(e))?;
         if self.settings.then == Then::Continue {
-            self.intents.stop = StopIntent::None;
+            self.intents = self.intents.clone().after_instant(&report);
         }
-        if !report.thaw_owed {
-            self.intents.freeze = FreezeIntent::None;
-        }
-        self.intents.server = ServerIntent::Asked;
+        self.intents = self.intents.clone().with_server_asked();
         self.record()?;
         Ok(report)
     }
@@ -193,19 +184,14 @@ impl QmpCapture {
             base: task.base.as_ref().map(guardian_base),
         });
         let expose = Expose { disks: disks.collect(), trim: true };
-        self.pulse = Some(start_pulse(&self.guardian, Arc::clone(&self.settings.pulse)));
+        self.pulse = Some(start_pulse(&self.guardian, self.settings.activity.clone()));
         let exposed = self.guardian.expose(expose).await.map_err(|e| self.failed(e))?;
         self.exposed = Some(exposed);
         Ok(())
     }
 
     fn form(&self, task: &Task) -> Form {
-        let in_iothread = self.disk(task).iothread.is_some();
-        if in_iothread && !self.features.iothread_exports_are_safe() {
-            Form::Push
-        } else {
-            Form::Pull
-        }
+        Form::safe_for(self.disk(task), &self.features)
     }
 
     fn stop_pulse(&mut self) {
@@ -379,7 +365,10 @@ impl Capture for QmpCapture {
     }
 
     async fn release(&mut self) -> Outcome<()> {
-        self.stop_pulse();
+        // A guest that is held goes on being held, and its guardian wants to hear of us.
+        if self.settings.then == Then::Continue {
+            self.stop_pulse();
+        }
         let released = self.guardian.release().await.map_err(|e| self.failed(e))?;
         if released.left.is_empty() {
             self.scratch = None;
@@ -389,20 +378,13 @@ impl Capture for QmpCapture {
             scratch.keep();
         }
         let why = format!("left in QEMU: {}", released.left.join("; "));
-        Err(Failure::failed(&self.settings.tried, why)
-            .next("repair with 'icecore doctor --repair'"))
+        Err(Failure::failed(&self.settings.tried, why).unclean())
     }
 
     async fn settle(&mut self, fate: Fate) -> Outcome<()> {
-        self.stop_pulse();
         if fate != Fate::Committed {
             // After a failure the graph may still be in; the guardian takes it out.
-            let aborted = self.guardian.abort().await.map_err(|e| self.failed(e))?;
-            if !aborted.left.is_empty()
-                && let Some(scratch) = &mut self.scratch
-            {
-                scratch.keep();
-            }
+            self.abort().await?;
         }
         self.scratch = None;
         self.intents.commit = match fate {
@@ -417,12 +399,58 @@ impl Capture for QmpCapture {
             // Both bitmaps stay; the next point that is committed retires whichever is older.
             Fate::Unknown => return Ok(()),
         };
-        let released = released.map_err(|e| self.failed(e))?;
+        let released = released.map_err(|e| self.failed(e).unclean())?;
         if !released.left.is_empty() {
             let why = format!("left in QEMU: {}", released.left.join("; "));
-            return Err(Failure::failed(&self.settings.tried, why));
+            return Err(Failure::failed(&self.settings.tried, why).unclean());
         }
         Ok(())
+    }
+}
+
+impl QmpCapture {
+    /// Lets the guardian undo what is left of the run.
+    pub async fn abort(&mut self) -> Outcome<()> {
+        let aborted = self.guardian.abort().await.map_err(|e| self.failed(e).unclean());
+        let left = match &aborted {
+            Ok(released) => released.left.clone(),
+            Err(_) => vec!["its guardian is gone".into()],
+        };
+        self.stop_pulse();
+        if left.is_empty() {
+            return Ok(());
+        }
+        if let Some(scratch) = &mut self.scratch {
+            scratch.keep();
+        }
+        let why = format!("left in QEMU: {}", left.join("; "));
+        Err(Failure::failed(&self.settings.tried, why).unclean())
+    }
+
+    /// Stops the guest, frozen where that is possible, without taking an instant of any disk.
+    pub async fn hold(&mut self) -> Outcome<()> {
+        self.pulse = Some(start_pulse(&self.guardian, self.settings.activity.clone()));
+        let freezes = self.settings.freeze != Freeze::No;
+        self.journal(Intents::new(self.settings.run).with_instant(self.was_running, freezes))?;
+        let plan = InstantPlan { freeze: self.settings.freeze, then: Then::Hold };
+        self.guardian.instant(plan).await.map(drop).map_err(|e| self.failed(e))
+    }
+
+    /// What is on record of the run now.
+    pub fn intents(&self) -> &Intents {
+        &self.intents
+    }
+
+    /// Puts what is about to be done to a held guest on record.
+    pub fn journal(&mut self, intents: Intents) -> Outcome<()> {
+        self.intents = intents;
+        self.record()
+    }
+}
+
+impl Drop for QmpCapture {
+    fn drop(&mut self) {
+        self.stop_pulse();
     }
 }
 
@@ -438,45 +466,18 @@ impl QmpCapture {
     }
 }
 
-/// Lets the guardian hear the data plane's pulse until the task is aborted. While no data thread
-/// runs this process has nothing unread, and the loop that sends is the sign of life.
-pub fn start_pulse(
-    guardian: &GuardianClient,
-    counter: Arc<AtomicU64>,
-) -> tokio::task::JoinHandle<()> {
+/// Lets the guardian hear that this process lives, until the task is aborted: the pulse of the data
+/// threads while data are moved, else the loop itself, since then nothing lies unread here.
+fn start_pulse(guardian: &GuardianClient, activity: Activity) -> tokio::task::JoinHandle<()> {
     let pulse = guardian.pulse();
     tokio::spawn(async move {
         let mut idle = 0;
-        let mut before = 0;
         loop {
-            let count = counter.load(Ordering::Relaxed);
-            idle += u64::from(count == before);
-            before = count;
-            pulse.beat(count + idle);
+            idle += u64::from(!activity.is_running());
+            pulse.beat(activity.pulse.load(Ordering::Relaxed) + idle);
             tokio::time::sleep(PULSE_INTERVAL).await;
         }
     })
-}
-
-/// What is put on record of a disk before a rollback touches it.
-pub fn disk_intent_of(disk: &Disk) -> DiskIntent {
-    DiskIntent {
-        qom_path: disk.drive_path.clone(),
-        node: disk.node.clone(),
-        new_bitmap: None,
-        old_bitmaps: Vec::new(),
-        iothread: disk.iothread.clone(),
-    }
-}
-
-fn disk_intent(disk: &DiskPlan) -> DiskIntent {
-    DiskIntent {
-        qom_path: disk.qom_path.clone(),
-        node: disk.node.clone(),
-        new_bitmap: disk.bitmap.as_ref().map(|bitmap| bitmap.name.clone()),
-        old_bitmaps: Vec::new(),
-        iothread: disk.iothread.clone(),
-    }
 }
 
 /// A guardian's error for the user.

@@ -34,7 +34,10 @@ pub fn run() -> ExitCode {
 
 fn run_command(cli: Cli) -> Outcome<u8> {
     let context = Context::new(&cli.global)?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
+    // The command itself runs on this thread and may wait for a disk; what a guardian waits for (its
+    // pulse, its answers) goes on beside it.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
         .enable_all()
         .build()
         .map_err(|e| Failure::failed("start icecore", e))?;

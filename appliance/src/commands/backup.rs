@@ -28,9 +28,14 @@ pub async fn run(context: &Context, args: BackupArgs) -> Outcome<u8> {
     let tried = format!("back up {} to {}", vm.name, args.repo.repo);
     let request = request(&vm, &args, &tried)?;
     let interrupt = Interrupt::listen()?;
-    let repository = context.open(&args.repo.repo)?;
-    let mut job = Job::begin(context, JobKind::Backup, &args.repo.repo, &vm.lock_keys(), &tried)?;
-    recovery::recover_all(context).await;
+    let named = context.repository_name(&args.repo.repo)?;
+    let mut job = Job::begin(context, JobKind::Backup, &named, &vm.lock_keys(), &tried)?;
+    // Before anything else: a guest may be waiting for it.
+    recovery::recover_all(context, vm.qmp()).await;
+    let repository = match context.open(&args.repo.repo) {
+        Ok(repository) => repository,
+        Err(failure) => return job.end(context, Err(failure)),
+    };
     fill_record(&mut job, &vm, &request, &repository);
     job.save(context)?;
     let run = Run {
@@ -44,7 +49,12 @@ pub async fn run(context: &Context, args: BackupArgs) -> Outcome<u8> {
         Reach::Qmp { qmp, qga } => run.live(&mut job, qmp, qga.as_deref(), &args).await,
         Reach::Images(images) => run.images(&mut job, images.clone()).await,
     };
-    let report = job.end(context, outcome)?;
+    let unclean = outcome.as_ref().is_err_and(|failure| failure.unclean);
+    let ended = job.end(context, outcome);
+    if unclean {
+        recovery::recover_all(context, vm.qmp()).await;
+    }
+    let report = ended?;
     print(context, &report)?;
     Ok(OK)
 }
@@ -84,7 +94,7 @@ impl Run<'_> {
             then: Then::Continue,
             granularity: granularity(self.repository),
             repository: repository_part(self.repository, self.tried)?,
-            pulse: job.pulse(),
+            activity: job.activity(),
             interrupt: self.interrupt.clone(),
             tried: self.tried.to_owned(),
         };

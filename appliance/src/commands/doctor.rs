@@ -15,7 +15,6 @@ use crate::cli::{DAMAGED, OK, VmArgs};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
 use crate::output::{self, Rows};
-use crate::points::is_alive;
 use crate::recovery;
 use crate::state::JobId;
 use crate::state::jobs;
@@ -39,14 +38,18 @@ struct DoctorReport {
 
 /// Runs `icecore doctor`. The status is that of damage while something is left unrepaired.
 pub async fn run(context: &Context, args: DoctorArgs) -> Outcome<u8> {
-    let mut findings = dead_runs(context, args.repair).await;
+    let vm = match names_a_vm(&args.vm) {
+        true => Some(Vm::from_args(context, &args.vm, "examine a VM")?),
+        false => None,
+    };
+    let own = vm.as_ref().and_then(Vm::qmp);
+    let mut findings = dead_runs(context, own, args.repair).await;
     let repository =
         args.repo.repo.as_deref().map(|repo| context.open_read_only(repo)).transpose()?;
-    if names_a_vm(&args.vm) {
-        let vm = Vm::from_args(context, &args.vm, "examine a VM")?;
+    if let Some(vm) = &vm {
         if let Reach::Qmp { qmp, qga } = &vm.reach {
             let found =
-                qemu(context, &vm, qmp, qga.clone(), repository.as_ref(), args.repair).await?;
+                qemu(context, vm, qmp, qga.clone(), repository.as_ref(), args.repair).await?;
             findings.extend(found);
         }
     }
@@ -61,7 +64,7 @@ fn names_a_vm(args: &VmArgs) -> bool {
     args.vm.is_some() || args.qmp.is_some() || !args.image.is_empty()
 }
 
-async fn dead_runs(context: &Context, repair: bool) -> Vec<Finding> {
+async fn dead_runs(context: &Context, own: Option<&Path>, repair: bool) -> Vec<Finding> {
     let finding = |job: String, detail: String, repaired| Finding {
         kind: "run",
         object: job,
@@ -73,7 +76,7 @@ async fn dead_runs(context: &Context, repair: bool) -> Vec<Finding> {
         let detail = |kind| format!("a {kind:?} that ended without a word").to_lowercase();
         return dead.map(|run| finding(run.job.to_string(), detail(run.kind), false)).collect();
     }
-    let recovered = recovery::recover_all(context).await.into_iter();
+    let recovered = recovery::recover_all(context, own).await.into_iter();
     recovered
         .map(|run| {
             let gone = run.left.is_empty();
@@ -165,18 +168,21 @@ fn scratch(context: &Context, repair: bool) -> Vec<Finding> {
     let Ok(entries) = std::fs::read_dir(context.state.root().join("scratch")) else {
         return Vec::new();
     };
-    let alive: Vec<String> = jobs::all(&context.state)
+    // Listed first: a run that begins from here on is not in it.
+    let there: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    let unfinished: Vec<String> = jobs::all(&context.state)
         .into_iter()
-        .filter(|record| !record.status.is_final() || is_alive(context, record))
+        .filter(|record| !record.status.is_final())
         .map(|record| format!("icecore-{}", record.job.run()))
         .collect();
-    let stale = entries.flatten().filter(|entry| {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        name.starts_with("icecore-") && !alive.iter().any(|run| name.starts_with(run.as_str()))
+    let stale = there.into_iter().filter(|path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        // With its socket there, QEMU's NBD server is still ours.
+        let served = path.join("nbd.sock").exists();
+        name.starts_with("icecore-") && !unfinished.iter().any(|run| *run == name) && !served
     });
     stale
-        .map(|entry| {
-            let path = entry.path();
+        .map(|path| {
             let repaired = repair && std::fs::remove_dir_all(&path).is_ok();
             let detail = "scratch of a run that is over".into();
             Finding { kind: "scratch", object: path.display().to_string(), detail, repaired }

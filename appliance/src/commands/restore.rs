@@ -40,7 +40,7 @@ pub async fn run(context: &Context, args: RestoreArgs) -> Outcome<u8> {
     let targets = checked_targets(&args, &disks)?;
     let keys: Vec<LockKey> = targets.iter().map(|t| LockKey::file(Path::new(&t.name()))).collect();
     let mut job = Job::begin(context, JobKind::Restore, &args.repo.repo, &keys, &tried)?;
-    recovery::recover_all(context).await;
+    recovery::recover_all(context, None).await;
     job.record.vm = Some(point.vm.to_string());
     job.record.point = Some(point.id.to_string());
     job.record.repository_id = Some(repository.id().to_string());

@@ -43,10 +43,18 @@ pub async fn run(context: &Context, args: RollbackArgs) -> Outcome<u8> {
     let tried = format!("roll {} back to {}", vm.name, args.to);
     let request = request(&args, &tried)?;
     let interrupt = Interrupt::listen()?;
-    let repository = context.open(&args.repo.repo)?;
-    let point = find(&repository, &args.to, Some(vm.name.as_str()), &tried)?;
-    let mut job = Job::begin(context, JobKind::Rollback, &args.repo.repo, &vm.lock_keys(), &tried)?;
-    recovery::recover_all(context).await;
+    let named = context.repository_name(&args.repo.repo)?;
+    let mut job = Job::begin(context, JobKind::Rollback, &named, &vm.lock_keys(), &tried)?;
+    // Before anything else: a guest may be waiting for it.
+    recovery::recover_all(context, vm.qmp()).await;
+    let found = context.open(&args.repo.repo).and_then(|repository| {
+        let point = find(&repository, &args.to, Some(vm.name.as_str()), &tried)?;
+        Ok((repository, point))
+    });
+    let (repository, point) = match found {
+        Ok(found) => found,
+        Err(failure) => return job.end(context, Err(failure)),
+    };
     job.record.vm = Some(vm.name.to_string());
     job.record.repository_id = Some(repository.id().to_string());
     job.record.point = Some(point.id.to_string());
@@ -63,7 +71,12 @@ pub async fn run(context: &Context, args: RollbackArgs) -> Outcome<u8> {
     )
     .await;
     let id = job.id().to_string();
-    let done = job.end(context, outcome)?;
+    let unclean = outcome.as_ref().is_err_and(|failure| failure.unclean);
+    let ended = job.end(context, outcome);
+    if unclean {
+        recovery::recover_all(context, vm.qmp()).await;
+    }
+    let done = ended?;
     let seconds = started.elapsed().as_secs_f64();
     let (point, vm, dry_run) = (point.id.to_string(), vm.name.to_string(), args.dry_run);
     print(context, RollbackReport { point, vm, job: id, done, dry_run, seconds })?;
@@ -127,11 +140,11 @@ async fn live(
         then: if args.dry_run { Then::Continue } else { Then::Hold },
         granularity: granularity(repository),
         repository: repository_part(repository, tried)?,
-        pulse: job.pulse(),
+        activity: job.activity(),
         interrupt: interrupt.clone(),
         tried: tried.to_owned(),
     };
-    Ok(Live { guardian, run, scratch, freeze, settings })
+    Ok(Live { guardian, run, scratch, settings })
 }
 
 fn request(args: &RollbackArgs, tried: &str) -> Outcome<Request> {

@@ -124,7 +124,7 @@ struct BitmapDetail {
 async fn show(context: &Context, args: &VmArgs, repo: Option<&str>) -> Outcome<u8> {
     let vm = Vm::from_args(context, args, "show a VM")?;
     let tried = format!("show {}", vm.name);
-    recovery::recover_all(context).await;
+    recovery::recover_all(context, vm.qmp()).await;
     let repository = repo.map(|repo| context.open_read_only(repo)).transpose()?;
     let row = row_of(context, repository.as_ref(), &vm.name, &tried)?;
     let detail = match &vm.reach {
@@ -283,7 +283,7 @@ async fn release(context: &Context, args: &VmArgs) -> Outcome<u8> {
     for key in vm.lock_keys() {
         locks.push(Lock::take(&context.state, &key, &job, &tried)?);
     }
-    recovery::recover_all(context).await;
+    recovery::recover_all(context, vm.qmp()).await;
     let removed = match &vm.reach {
         Reach::Qmp { qmp, qga } => {
             let guardian = target::guard(context, qmp, qga.clone(), &tried).await?;

@@ -5,14 +5,12 @@ use std::path::PathBuf;
 use icecore_io_engine::BlockRange;
 use icecore_qmp::capture::RunId;
 use icecore_qmp::guardian::GuardianClient;
-use icecore_qmp::guardian::protocol::{
-    Freeze, InstantPlan, Restart, SwapAway, SwapDisk, Then, WritableDisk,
-};
+use icecore_qmp::guardian::protocol::{Restart, SwapAway, SwapDisk, WritableDisk};
 use icecore_qmp::inventory::Disk;
-use icecore_qmp::recover::{Intents, RollbackIntent, ServerIntent, StopIntent};
+use icecore_qmp::recover::{Intents, RollbackIntent};
 
 use super::{Chosen, Known, Rollback, RolledBack, ranges};
-use crate::capture::qmp::{QmpCapture, Settings, disk_intent_of, failure, guardian_base};
+use crate::capture::qmp::{QmpCapture, Settings, failure, guardian_base};
 use crate::capture::scratch::ScratchDir;
 use crate::capture::{Capture, Data, DirtyMap, Fate, SeenDisk, Task};
 use crate::failure::{Failure, Outcome};
@@ -24,18 +22,22 @@ pub struct Live {
     pub guardian: GuardianClient,
     pub run: RunId,
     pub scratch: PathBuf,
-    pub freeze: Freeze,
     pub settings: Settings,
+}
+
+/// A VM that is held still.
+struct Held<'a> {
+    guardian: GuardianClient,
+    capture: &'a mut QmpCapture,
+    /// Where its QEMU serves the disks.
+    socket: PathBuf,
+    run: RunId,
 }
 
 impl Rollback<'_> {
     /// Rolls the VM behind the guardian back.
-    pub async fn live(
-        &mut self,
-        live: Live,
-        safety: crate::backup::Request,
-    ) -> Outcome<RolledBack> {
-        let Live { guardian, run, scratch, freeze, settings } = live;
+    pub async fn live(&mut self, live: Live, safety: crate::backup::Request) -> Outcome<RolledBack> {
+        let Live { guardian, run, scratch, settings } = live;
         let log = IntentLog::create(&self.context.state, self.job.id())?;
         let mut capture = QmpCapture::open(guardian.clone(), settings, log).await?;
         let (chosen, left_alone) = self.choose(capture.disks())?;
@@ -49,40 +51,72 @@ impl Rollback<'_> {
             done.disks = self.describe_live(&mut capture, &chosen).await?;
             return Ok(done);
         }
-        let was_running = capture.was_running();
-        if self.request.safety_point {
-            let report = self.back_up(&mut capture, &safety).await?;
-            self.note_safety_point(&report, &mut done);
-        } else {
-            let plan = InstantPlan { freeze, then: Then::Hold };
-            guardian.instant(plan).await.map_err(|e| failure(self.tried, e))?;
+        if let Err(failure) = self.hold_live(&mut capture, safety, &mut done).await {
+            return Err(self.give_up_live(&mut capture, &done, failure).await);
         }
-        let inspection = guardian.inspect().await.map_err(|e| failure(self.tried, e))?;
-        let disks = &inspection.inventory.disks;
-        let user = crate::target::qemu_user(inspection.peer);
-        let log = IntentLog::create(&self.context.state, self.job.id())?;
-        let mut journal = Journal { log, intents: Intents::new(run) };
-        if was_running {
-            journal.intents.stop = StopIntent::RanBefore;
+        // At the place that is on record: recovery looks there for QEMU's socket.
+        let scratch = ScratchDir::make(&scratch, &run.to_string(), capture.user())?;
+        let socket = scratch.path().join("nbd.sock");
+        let mut held = Held { guardian, capture: &mut capture, socket, run };
+        match self.write_live(&mut held, &chosen).await {
+            Ok(disks) => {
+                done.disks = disks;
+                done.vm_restarted = self.request.restart;
+                Ok(done)
+            }
+            Err(failure) => Err(self.give_up_live(&mut capture, &done, failure).await),
         }
-        let socket_dir = ScratchDir::make(&scratch, &format!("{run}-w"), user)?;
-        let mut held = Held { guardian, journal, socket: socket_dir.path().join("nbd.sock"), run };
-        done.disks = self.write_live(&mut held, &chosen, disks).await?;
-        let restart = if self.request.restart { Restart::Reset } else { Restart::Leave };
-        held.guardian.restart(restart).await.map_err(|e| failure(self.tried, e))?;
-        done.vm_restarted = self.request.restart;
-        Ok(done)
+    }
+
+    /// Stops the VM and keeps what is there now as a point, unless that is declined.
+    async fn hold_live(
+        &mut self,
+        capture: &mut QmpCapture,
+        mut safety: crate::backup::Request,
+        done: &mut RolledBack,
+    ) -> Outcome<()> {
+        if !self.request.safety_point {
+            return capture.hold().await;
+        }
+        // What cannot be backed up is not written either.
+        let refused = capture.disks().iter().filter(|disk| disk.refusal.is_some());
+        safety.exclude = refused.map(|disk| disk.id.clone()).collect();
+        let report = self.back_up(capture, &safety).await?;
+        self.note_safety_point(&report, done);
+        self.job.save(self.context)
+    }
+
+    /// Undoes what can be undone. After the first write the VM stays stopped.
+    async fn give_up_live(
+        &self,
+        capture: &mut QmpCapture,
+        done: &RolledBack,
+        failure: Failure,
+    ) -> Failure {
+        let writing = capture.intents().rollback == RollbackIntent::Writing;
+        let mut failure = match capture.abort().await {
+            Ok(()) => failure,
+            Err(also) => {
+                Failure { why: format!("{}; {}", failure.why, also.why), unclean: true, ..failure }
+            }
+        };
+        if writing {
+            let safety = done.safety_point.as_deref().unwrap_or("an earlier point");
+            failure.why += "; some blocks were written already, so the VM stays stopped";
+            failure.next =
+                Some(format!("run the rollback again to finish it, or roll back to {safety}"));
+        }
+        failure
     }
 
     async fn write_live(
         &self,
-        held: &mut Held,
+        held: &mut Held<'_>,
         chosen: &[Chosen],
-        disks: &[Disk],
     ) -> Outcome<Vec<super::RolledBackDisk>> {
-        let swapped: Vec<&Disk> = chosen.iter().map(|c| &disks[c.index]).collect();
+        let inspection = held.guardian.inspect().await.map_err(|e| failure(self.tried, e))?;
+        let swapped = self.same_disks(chosen, &inspection.inventory.disks)?;
         held.swap_away(&swapped, self.tried).await?;
-        let pulse = crate::capture::qmp::start_pulse(&held.guardian, self.job.pulse());
         let mut known = Vec::with_capacity(chosen.len());
         for (chosen, disk) in chosen.iter().zip(&swapped) {
             let now = SeenDisk { bitmaps: disk.bitmaps.clone(), ..chosen.seen.clone() };
@@ -93,30 +127,41 @@ impl Rollback<'_> {
         let exposed = exposed.map_err(|e| failure(self.tried, e))?;
         let mut plans = Vec::with_capacity(chosen.len());
         for ((chosen, known), writable) in chosen.iter().zip(&known).zip(&exposed) {
-            plans.push(self.plan(held, chosen, known.as_ref(), writable).await?);
+            plans.push(self.plan_live(held, chosen, known.as_ref(), writable).await?);
         }
         self.interrupt.check(self.tried)?;
         held.begin_writing(self.tried).await?;
         let mut rolled = Vec::with_capacity(chosen.len());
         for ((chosen, blocks), writable) in chosen.iter().zip(plans).zip(&exposed) {
-            let uri = Peer::of_qemu(&held.socket, &writable.export, &held.guardian);
-            rolled.push(self.write(&chosen.seen.id, &uri, blocks).await?);
+            let peer = Peer::of_qemu(&held.socket, &writable.export, &held.guardian);
+            rolled.push(self.write(&chosen.seen.id, &peer, blocks).await?);
         }
-        pulse.abort();
-        let released = held.guardian.swap_back().await.map_err(|e| failure(self.tried, e))?;
-        match released.left.is_empty() {
-            true => Ok(rolled),
-            false => Err(Failure::failed(
-                self.tried,
-                format!("written and verified, but left in QEMU: {}", released.left.join("; ")),
-            )
-            .next("repair with 'icecore doctor --repair'; the VM stays stopped")),
-        }
+        held.let_go(self.request.restart, self.tried).await?;
+        Ok(rolled)
     }
 
-    async fn plan(
+    /// The chosen disks as they are now that the VM stands still: somebody may have plugged or
+    /// resized some while the safety point was taken.
+    fn same_disks<'d>(&self, chosen: &[Chosen], now: &'d [Disk]) -> Outcome<Vec<&'d Disk>> {
+        let find = |chosen: &Chosen| {
+            let seen = &chosen.seen;
+            let same = |disk: &&Disk| {
+                disk.id == seen.id.as_str()
+                    && disk.identity == seen.identity
+                    && disk.size_bytes == seen.size_bytes
+                    && disk.refusal.is_none()
+            };
+            now.iter().find(same).ok_or_else(|| {
+                let why = format!("disk {} is not what it was when the rollback began", seen.id);
+                Failure::failed(self.tried, why).next("start the rollback again")
+            })
+        };
+        chosen.iter().map(find).collect()
+    }
+
+    async fn plan_live(
         &self,
-        held: &Held,
+        held: &Held<'_>,
         chosen: &Chosen,
         known: Option<&Known>,
         writable: &WritableDisk,
@@ -193,45 +238,35 @@ impl Rollback<'_> {
     }
 }
 
-/// A VM that is held still, and the journal of what is done to it.
-struct Held {
-    guardian: GuardianClient,
-    journal: Journal,
-    socket: PathBuf,
-    run: RunId,
-}
-
-struct Journal {
-    log: IntentLog,
-    intents: Intents,
-}
-
-impl Held {
+impl Held<'_> {
     async fn swap_away(&mut self, disks: &[&Disk], tried: &str) -> Outcome<()> {
-        self.journal.intents.disks = disks.iter().map(|disk| disk_intent_of(disk)).collect();
-        self.journal.intents.server = ServerIntent::Asked;
-        self.journal.log.record(&self.journal.intents)?;
         let swap = SwapAway {
             run: self.run,
-            disks: disks.iter().map(|disk| swap_disk(disk)).collect(),
+            disks: disks.iter().map(|disk| SwapDisk::new(disk)).collect(),
             server_socket: self.socket.clone(),
         };
+        let before = self.capture.intents();
+        let (stop, freeze) = (before.stop, before.freeze);
+        let intents = Intents { stop, freeze, ..Intents::before_swap(&swap) };
+        self.capture.journal(intents.with_server_asked())?;
         self.guardian.swap_away(swap).await.map_err(|e| failure(tried, e))
     }
 
     async fn begin_writing(&mut self, tried: &str) -> Outcome<()> {
-        self.journal.intents.rollback = RollbackIntent::Writing;
-        self.journal.log.record(&self.journal.intents)?;
+        let intents = self.capture.intents().clone().with_writing();
+        self.capture.journal(intents)?;
         self.guardian.begin_writing().await.map_err(|e| failure(tried, e))
     }
-}
 
-fn swap_disk(disk: &Disk) -> SwapDisk {
-    SwapDisk {
-        qom_path: disk.drive_path.clone(),
-        node: disk.node.clone(),
-        bitmap_node: disk.bitmap_node.clone(),
-        size_bytes: disk.size_bytes,
-        iothread: disk.iothread.clone(),
+    /// Gives the devices their disks back and ends the hold.
+    async fn let_go(&mut self, restart: bool, tried: &str) -> Outcome<()> {
+        let released = self.guardian.swap_back().await.map_err(|e| failure(tried, e))?;
+        if !released.left.is_empty() {
+            let why =
+                format!("written and verified, but left in QEMU: {}", released.left.join("; "));
+            return Err(Failure::failed(tried, why).unclean());
+        }
+        let how = if restart { Restart::Reset } else { Restart::Leave };
+        self.guardian.restart(how).await.map_err(|e| failure(tried, e))
     }
 }

@@ -23,6 +23,7 @@ use crate::interrupt::Interrupt;
 use crate::job::Job;
 use crate::nbd::{self, Peer};
 use crate::report::BackupReport;
+use crate::state::JobStatus;
 
 /// What the user asked for, validated.
 #[derive(Debug)]
@@ -174,9 +175,10 @@ impl Rollback<'_> {
             .map_err(|e| Failure::failed(self.tried, e))?;
         let _hang_up = lanes.hang_up;
         let mut options = crate::data::options(self.context, &self.interrupt.flag());
-        options.control.pulse = self.job.pulse();
+        let activity = self.job.activity();
+        options.control.pulse = activity.pulse.clone();
         let hasher = self.repository.hasher();
-        crate::data::blocking(move || ranges::compared(&mut set, &wanted, hasher, &options))
+        crate::data::watched(&activity, move || ranges::compared(&mut set, &wanted, hasher, &options))
             .await
             .map_err(|e| crate::restore::failure(self.tried, e))
     }
@@ -185,5 +187,6 @@ impl Rollback<'_> {
         done.safety_point.clone_from(&report.point);
         // The record of a rollback names the point that it goes to.
         self.job.record.point = Some(self.point.id.to_string());
+        self.job.record.status = JobStatus::Restoring;
     }
 }

@@ -32,18 +32,24 @@ impl Rollback<'_> {
         let wanted = self.reader(self.point, disk)?;
         let block = u64::from(wanted.block_size().bytes());
         let differing_bytes = ranges::bytes(&blocks, block, wanted.size_bytes());
+        let size = nbd::control(uri, None, &tried).await?.export().size_bytes;
+        if size != wanted.size_bytes() {
+            let why = format!("the disk has {size} bytes, the point's {}", wanted.size_bytes());
+            return Err(Failure::failed(&tried, why));
+        }
         let lanes = nbd::lanes(uri, &tried).await?;
         let mut set =
             LaneSet::new(lanes.set, self.context.engine).map_err(|e| Failure::failed(&tried, e))?;
         let hang_up = lanes.hang_up;
         // From the first write on there is only one way: an interrupt is heard when it is done.
         let mut options = data::options(self.context, &Default::default());
-        options.control.pulse = self.job.pulse();
+        let activity = self.job.activity();
+        options.control.pulse = activity.pulse.clone();
         let meter = Meter::new(differing_bytes, options.control.progress.clone());
         let _shown = Progress::show(format!("rolling back {disk}"), meter, self.context.quiet);
         let (hasher, full) = (self.repository.hasher(), self.request.verify_full);
         let samples = samples(wanted.size_bytes().div_ceil(block), &tried)?;
-        let written_bytes = data::blocking(move || {
+        let written_bytes = data::watched(&activity, move || {
             let written = differing(&wanted, hasher, &mut set, &blocks, &options)?;
             match full {
                 true => prove_all(&wanted, hasher, &mut set, &options)?,
