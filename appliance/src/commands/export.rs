@@ -1,6 +1,10 @@
 //! `icecore export`.
 
+use std::io;
 use std::net::SocketAddr;
+use std::os::unix::fs::FileTypeExt as _;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,10 +43,7 @@ pub async fn run(context: &Context, args: ExportArgs) -> Outcome<u8> {
                 size_bytes: reader.size_bytes(),
                 block_bytes: reader.block_size().bytes(),
             };
-            let opened = Overlay::open(path, label);
-            Some(opened.map_err(|e| {
-                Failure::failed(&tried, format!("the overlay {}: {e}", path.display()))
-            })?)
+            Some(Overlay::open(path, label).map_err(|e| overlay_failure(path, &e, &tried))?)
         }
     };
     let description = format!("{} at {}", point.vm, point.meta.captured_at);
@@ -62,9 +63,41 @@ pub async fn run(context: &Context, args: ExportArgs) -> Outcome<u8> {
     Ok(OK)
 }
 
+fn overlay_failure(path: &Path, e: &io::Error, tried: &str) -> Failure {
+    let path = path.display();
+    match e.kind() {
+        io::ErrorKind::WouldBlock => {
+            Failure::refused(tried, format!("another export has the overlay {path} open"))
+                .next("end that one first, or name another overlay")
+        }
+        _ => Failure::failed(tried, format!("the overlay {path}: {e}")),
+    }
+}
+
+/// Makes room for a socket: one that nobody answers on was left by an export that was killed.
+fn clear_stale(socket: &Path, tried: &str) -> Outcome<()> {
+    let there = match socket.symlink_metadata() {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        there => there.map_err(|e| Failure::failed(tried, e))?,
+    };
+    let refused = |why| {
+        Err(Failure::refused(tried, format!("{} {why}", socket.display())).next("name another"))
+    };
+    if !there.file_type().is_socket() {
+        return refused("is there already, and no socket");
+    }
+    match UnixStream::connect(socket) {
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(socket).map_err(|e| Failure::failed(tried, e))
+        }
+        _ => refused("is a socket that someone listens on"),
+    }
+}
+
 async fn listen(server: &Server, args: &ExportArgs, tried: &str) -> Outcome<(Listening, String)> {
     let failed = |e: std::io::Error| Failure::failed(tried, e);
     if let Some(socket) = &args.socket {
+        clear_stale(socket, tried)?;
         let listening = server.listen_unix(socket, 0o600).map_err(failed)?;
         return Ok((listening, format!("nbd+unix:///{}?socket={}", args.disk, socket.display())));
     }
@@ -82,4 +115,26 @@ fn announce(context: &Context, uri: &str, size_bytes: u64) -> Outcome<()> {
         return output::json(&serde_json::json!({ "uri": uri, "size_bytes": size_bytes }));
     }
     output::print(&format!("serving {uri}\nend with Ctrl-C\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+    use crate::failure::Status;
+
+    #[test]
+    fn only_a_socket_that_nobody_answers_on_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("s");
+        clear_stale(&socket, "export").unwrap();
+        let listener = UnixListener::bind(&socket).unwrap();
+        assert_eq!(clear_stale(&socket, "export").unwrap_err().status, Status::Refused);
+        drop(listener);
+        clear_stale(&socket, "export").unwrap();
+        std::fs::write(&socket, b"x").unwrap();
+        assert_eq!(clear_stale(&socket, "export").unwrap_err().status, Status::Refused);
+        assert!(socket.exists());
+    }
 }

@@ -14,7 +14,7 @@ use std::io;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 /// The trailing description is small; more is no overlay of ours.
@@ -42,11 +42,14 @@ pub struct Overlay {
 }
 
 impl Overlay {
-    /// Opens the overlay at `path`, or makes it; one that lies over something else is an error.
+    /// Opens the overlay at `path`, or makes it; one that lies over something else is an error, and
+    /// one that another export has open is `WouldBlock`.
     pub fn open(path: &Path, label: Label) -> io::Result<Self> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let file = options.custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32).open(path)?;
+        // Two exports with one overlay would overwrite each other's bits. The lock ends with the file.
+        flock(&file, FlockOperation::NonBlockingLockExclusive)?;
         let bits = vec![0; bit_bytes(&label)];
         let mut overlay = Self { file, label, bits, unsaved: false };
         match overlay.file.metadata()?.len() {
@@ -159,11 +162,23 @@ mod tests {
         let mut overlay = Overlay::open(&path, label("p")).unwrap();
         overlay.write(8192, &[7; 1808]).unwrap();
         overlay.flush().unwrap();
+        drop(overlay);
         let again = Overlay::open(&path, label("p")).unwrap();
         assert!(again.holds(2) && !again.holds(0));
         let mut tail = [0; 1808];
         again.read(8192, &mut tail).unwrap();
         assert_eq!(tail, [7; 1808]);
+    }
+
+    #[test]
+    fn an_overlay_is_open_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("overlay");
+        let first = Overlay::open(&path, label("p")).unwrap();
+        let second = Overlay::open(&path, label("p")).unwrap_err();
+        assert_eq!(second.kind(), io::ErrorKind::WouldBlock);
+        drop(first);
+        Overlay::open(&path, label("p")).unwrap();
     }
 
     #[test]
