@@ -5,7 +5,6 @@
 //! the end, and the backup fails.
 
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use icecore_qmp::bitmap::{Bitmap, BitmapName, Granularity, NamePart, Owner};
@@ -16,10 +15,9 @@ use serde_json::json;
 
 use super::{Base, Capture, Data, DirtyMap, Fate, Readable, SeenDisk, Taken, Task};
 use crate::failure::{Failure, Outcome};
-use crate::image::{self, ImageInfo, Served, StorageDaemon};
+use crate::image::{self, ImageInfo, RunDir, Served, Stamp, StorageDaemon};
 use crate::nbd::Peer;
 use crate::report::Unprotected;
-use crate::state::make_private_dir;
 
 /// An image as the user named it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,16 +41,8 @@ pub fn parse_named(text: &str) -> Outcome<Named> {
         Failure::usage(&tried, e).next("give the disk an id of letters and digits: ID=FILE")
     })?;
     let path = std::fs::canonicalize(&path).map_err(|e| Failure::failed(&tried, e))?;
+    image::utf8(&path, &tried)?;
     Ok(Named { id, path })
-}
-
-/// What tells an image that was written to from one that was not.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Stamp {
-    device: u64,
-    inode: u64,
-    size: u64,
-    modified: (i64, i64),
 }
 
 #[derive(Debug)]
@@ -72,7 +62,8 @@ pub struct ImageCapture {
     tasks: Vec<Task>,
     granularity: Granularity,
     repository: NamePart,
-    dir: PathBuf,
+    // Dropped after the daemons, whose sockets are in it.
+    dir: RunDir,
     tried: String,
 }
 
@@ -85,7 +76,6 @@ impl ImageCapture {
         dir: &Path,
         tried: &str,
     ) -> Outcome<Self> {
-        make_private_dir(dir).map_err(|e| Failure::failed(tried, e))?;
         let mut images = Vec::with_capacity(named.len());
         for named in named {
             let format = image::of_file(&named.path).map_err(|e| Failure::failed(tried, e))?;
@@ -99,7 +89,7 @@ impl ImageCapture {
             tasks: Vec::new(),
             granularity,
             repository,
-            dir: dir.to_owned(),
+            dir: RunDir::at(dir),
             tried: tried.to_owned(),
         })
     }
@@ -109,9 +99,20 @@ impl ImageCapture {
         &mut self.images[index]
     }
 
+    fn made_dir(&self) -> Outcome<PathBuf> {
+        let dir = self.dir.path().map_err(|e| Failure::failed(&self.tried, e))?;
+        Ok(dir.to_owned())
+    }
+
+    /// What the images were like when the capture was done with them, in their order: taken only
+    /// where nobody else had changed them since the instant.
+    pub fn stamps(&self) -> Vec<Option<Stamp>> {
+        self.images.iter().map(|image| image.stamp.clone()).collect()
+    }
+
     fn add_bitmap(&mut self, at: usize) -> Outcome<()> {
         let Some(bitmap) = self.tasks[at].bitmap.clone() else { return Ok(()) };
-        let (dir, granularity) = (self.dir.clone(), self.granularity);
+        let (dir, granularity) = (self.made_dir()?, self.granularity);
         let tried = self.tried.clone();
         let image = self.image(at);
         let name = bitmap.to_string();
@@ -139,7 +140,7 @@ impl ImageCapture {
                 )
                 .next("back the running VM up by its QMP socket")
             };
-            if image.stamp.is_some() && stamp(path).ok() != image.stamp {
+            if image.stamp.is_some() && !is_as_stamped(image) {
                 return Err(started());
             }
             image::require_unlocked(path, image.info.format, &self.tried).map_err(|_| started())?;
@@ -170,7 +171,7 @@ impl Capture for ImageCapture {
             .iter()
             .map(|image| {
                 json!({
-                    "disk": image.named.id, "file": image.named.path,
+                    "disk": image.named.id, "file": image.named.path.to_string_lossy(),
                     "format": image.info.format, "backing": image.info.backing,
                     "size_bytes": image.info.size_bytes,
                 })
@@ -183,9 +184,8 @@ impl Capture for ImageCapture {
         self.tasks = tasks.to_vec();
         for at in 0..tasks.len() {
             self.add_bitmap(at)?;
-            let stamped = stamp(&self.image(at).named.path);
-            let stamped = stamped.map_err(|e| Failure::failed(&self.tried, e))?;
-            self.image(at).stamp = Some(stamped);
+            let image = self.image(at);
+            image.stamp = Some(Stamp::of(&image.named.path, &image.info)?);
         }
         Ok(Taken {
             captured_at: Timestamp::now(),
@@ -205,8 +205,8 @@ impl Capture for ImageCapture {
         base: Option<&Base>,
         _samples: &[Range<u64>],
     ) -> Outcome<Readable> {
-        let dir = self.dir.clone();
-        // One at a time: the socket's name is the same for all.
+        let dir = self.made_dir()?;
+        // One at a time: each costs a process and the memory of its caches.
         self.images.iter_mut().for_each(|image| image.daemon = None);
         let image = self.image(at);
         let bitmap = base.map(|base| base.bitmap.to_string());
@@ -234,8 +234,10 @@ impl Capture for ImageCapture {
         for image in &mut self.images {
             image.daemon = None;
         }
-        for image in &self.images {
+        for at in 0..self.images.len() {
+            let image = &self.images[at];
             let Some(added) = &image.added else { continue };
+            let unchanged = is_as_stamped(image);
             match fate {
                 Fate::Unknown => {}
                 Fate::NotCommitted => self.remove_bitmap(image, &added.to_string()),
@@ -247,11 +249,17 @@ impl Capture for ImageCapture {
                     ours.for_each(|name| self.remove_bitmap(image, name));
                 }
             }
+            if unchanged {
+                let stamp = Stamp::of(&image.named.path, &image.info).ok();
+                self.images[at].stamp = stamp;
+            }
         }
-        // The directory holds nothing now but perhaps a stale socket.
-        let _ = std::fs::remove_dir_all(&self.dir);
         Ok(())
     }
+}
+
+fn is_as_stamped(image: &Image) -> bool {
+    Stamp::of(&image.named.path, &image.info).ok() == image.stamp
 }
 
 fn seen(image: &Image) -> SeenDisk {
@@ -274,14 +282,4 @@ fn seen(image: &Image) -> SeenDisk {
         refusal: None,
         read_only: false,
     }
-}
-
-fn stamp(path: &Path) -> std::io::Result<Stamp> {
-    let meta = std::fs::metadata(path)?;
-    Ok(Stamp {
-        device: meta.dev(),
-        inode: meta.ino(),
-        size: meta.size(),
-        modified: (meta.mtime(), meta.mtime_nsec()),
-    })
 }

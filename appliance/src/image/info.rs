@@ -1,9 +1,11 @@
 //! `qemu-img`: what an image is, and whether a running VM holds it.
 
-use std::path::Path;
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde::Deserialize;
+use serde_json::json;
 
 use super::Format;
 use crate::failure::{Failure, Outcome};
@@ -62,6 +64,11 @@ struct Qcow2Data {
     bitmaps: Vec<ImageBitmap>,
 }
 
+#[derive(Debug, Deserialize)]
+struct ChainMember {
+    filename: String,
+}
+
 /// Describes the image without asking for its lock.
 pub fn info(path: &Path, format: Format) -> Outcome<ImageInfo> {
     let tried = format!("look at the image {}", path.display());
@@ -82,18 +89,78 @@ pub fn info(path: &Path, format: Format) -> Outcome<ImageInfo> {
     })
 }
 
-/// Refuses an image that a running VM (or another tool) holds.
+/// The local files that the image's content comes from: itself, then what it is based on.
+pub fn chain(path: &Path, info: &ImageInfo) -> Outcome<Vec<PathBuf>> {
+    let mut files = vec![path.to_owned()];
+    if info.backing.is_some() {
+        let tried = format!("look at what the image {} is based on", path.display());
+        let args = ["info", "-U", "--backing-chain", "--output=json", "-f", info.format.name()];
+        let output = qemu_img(&args, path, &tried)?;
+        let members: Vec<ChainMember> = serde_json::from_slice(&output.stdout).map_err(|e| {
+            Failure::failed(&tried, format!("qemu-img's answer is not understood: {e}"))
+        })?;
+        let based_on = members.into_iter().skip(1).map(|member| PathBuf::from(member.filename));
+        // What is no local file (an NBD export) has nothing to be told apart by.
+        files.extend(based_on.filter(|file| file.exists()));
+    }
+    Ok(files)
+}
+
+/// Refuses an image or block device that a running VM (or another tool) can write to.
 pub fn require_unlocked(path: &Path, format: Format, tried: &str) -> Outcome<()> {
-    let args = ["info", "--output=json", "-f", format.name()];
-    match qemu_img(&args, path, tried) {
+    let mut command = Command::new("qemu-img");
+    command.args(["info", "--output=json"]);
+    match format {
+        Format::Qcow2 => command.args(["-f", format.name()]).arg(path),
+        Format::Raw => command.arg(format!("json:{}", unshared(path, tried)?)),
+    };
+    match run(command, tried) {
         Ok(_) => Ok(()),
-        Err(failure) if failure.why.contains("lock") => Err(Failure::refused(
-            tried,
-            format!("{} is in use by another process: {}", path.display(), failure.why),
-        )
-        .next("name the running VM by its QMP socket, or stop it first")),
+        Err(failure) if tells_of_lock(&failure.why) => Err(in_use(path, tried, &failure.why)),
         Err(failure) => Err(failure),
     }
+}
+
+/// A raw image with everybody else's writes forbidden: to look at a raw image alone asks for no lock
+/// that a writer would be in the way of.
+fn unshared(path: &Path, tried: &str) -> Outcome<serde_json::Value> {
+    let file = json!({ "driver": protocol(path), "filename": utf8(path, tried)? });
+    Ok(json!({
+        "driver": "raw",
+        "file": { "driver": "blkdebug", "unshare-child-perms": ["write"], "image": file },
+    }))
+}
+
+/// How QEMU opens what is at `path`.
+pub fn protocol(path: &Path) -> &'static str {
+    match std::fs::metadata(path) {
+        Ok(meta) if meta.file_type().is_block_device() => "host_device",
+        _ => "file",
+    }
+}
+
+/// QEMU's options are JSON, which has no way to write any other name.
+pub fn utf8<'a>(path: &'a Path, tried: &str) -> Outcome<&'a str> {
+    path.to_str().ok_or_else(|| {
+        Failure::usage(tried, format!("the name {} is not UTF-8", path.display()))
+            .next("give it another name, or a link with another name to reach it by")
+    })
+}
+
+/// Whether QEMU's words (and not a path within them) tell of a lock that another process holds.
+pub fn tells_of_lock(said: &str) -> bool {
+    let after = said.split("Failed to get ").skip(1);
+    after.map(|rest| rest.strip_prefix("shared ").unwrap_or(rest)).any(|rest| {
+        rest.strip_prefix('"')
+            .and_then(|rest| rest.split_once('"'))
+            .is_some_and(|(_, rest)| rest.starts_with(" lock"))
+    })
+}
+
+/// The refusal of an image that another process holds.
+pub fn in_use(path: &Path, tried: &str, said: &str) -> Failure {
+    let why = format!("{} is in use by another process: {said}", path.display());
+    Failure::refused(tried, why).next("name the running VM by its QMP socket, or stop it first")
 }
 
 /// Makes an empty qcow2 image.
@@ -163,4 +230,26 @@ fn run(mut command: Command, tried: &str) -> Outcome<Output> {
     }
     let said = String::from_utf8_lossy(&output.stderr);
     Err(Failure::failed(tried, said.trim().replace('\n', "; ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_qemus_own_words_tell_of_a_lock() {
+        let held = "qemu-img: Could not open '/x': Failed to get shared \"write\" lock; Is another";
+        assert!(tells_of_lock(held));
+        assert!(tells_of_lock("Failed to get \"consistent read\" lock"));
+        assert!(!tells_of_lock("Could not open '/blocks/lock': No such file or directory"));
+        assert!(!tells_of_lock("Failed to get size of '/blocks/write lock'"));
+    }
+
+    #[test]
+    fn a_name_that_is_not_utf8_is_wrong_usage() {
+        use std::os::unix::ffi::OsStrExt as _;
+        let path = Path::new(std::ffi::OsStr::from_bytes(b"/a\xff.raw"));
+        let refused = require_unlocked(path, Format::Raw, "look").unwrap_err();
+        assert_eq!(refused.status, crate::failure::Status::Usage);
+    }
 }

@@ -10,8 +10,9 @@ use crate::image::Format;
 /// A checked target of one disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
-    /// A file that is made beside its place and moved there when it is proven.
-    File { path: PathBuf, format: Format },
+    /// A file that is made beside its place and moved there when it is proven, in place of another
+    /// only where that is wanted.
+    File { path: PathBuf, format: Format, replace: bool },
     /// A block device, written in place.
     Device { path: PathBuf },
     /// An NBD export, written in place.
@@ -91,6 +92,7 @@ fn single(wish: &Wish<'_>, path: &Path, there: Option<&Metadata>, tried: &str) -
         if wish.format == Some(Format::Qcow2) {
             return Err(Failure::usage(tried, "a block device is written raw, not as qcow2"));
         }
+        crate::image::require_unlocked(path, Format::Raw, tried)?;
         return Ok(Target::Device { path: path.to_owned() });
     }
     let format = wish.format.or_else(|| format_by_name(path)).unwrap_or(Format::Raw);
@@ -117,13 +119,10 @@ fn file(
             return Err(Failure::refused(tried, format!("{} exists", path.display()))
                 .next("choose another name, or replace it with --force"));
         }
-        Some(_) => crate::image::require_unlocked(
-            &path,
-            crate::image::of_file(&path).unwrap_or(Format::Raw),
-            tried,
-        )?,
+        // Locks know no formats: what is in the file may be anything.
+        Some(_) => crate::image::require_unlocked(&path, Format::Raw, tried)?,
     }
-    Ok(Target::File { path, format })
+    Ok(Target::File { path, format, replace: force })
 }
 
 fn format_by_name(path: &Path) -> Option<Format> {
@@ -161,7 +160,7 @@ mod tests {
     fn a_file_keeps_its_name_and_tells_its_format() {
         let one = targets(&wish("/nowhere/x.qcow2"), &disks(&["a"])).unwrap();
         let path = PathBuf::from("/nowhere/x.qcow2");
-        assert_eq!(one, vec![Target::File { path, format: Format::Qcow2 }]);
+        assert_eq!(one, vec![Target::File { path, format: Format::Qcow2, replace: false }]);
         let named = Wish { one_disk: true, ..wish("/nowhere/x") };
         assert_eq!(targets(&named, &disks(&["a"])).unwrap()[0].name(), "/nowhere/x");
     }

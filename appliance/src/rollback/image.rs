@@ -1,15 +1,39 @@
-//! The rollback of a powered-off VM: its images, under their write locks.
+//! The rollback of a powered-off VM: its images, all of them under their write locks.
+//!
+//! What is read to decide what to write is read under the locks, too, and the first write comes when
+//! everything is decided: until then nothing has changed. No VM can start on an image in between.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::{Chosen, Known, Rollback, RolledBack, ranges};
+use icecore_io_engine::BlockRange;
+
+use super::{Chosen, Known, Rollback, RolledBack, RolledBackDisk, ranges};
 use crate::backup::Backup;
 use crate::capture::Capture;
 use crate::capture::image::{ImageCapture, Named};
-use crate::failure::{Failure, Outcome};
-use crate::image::{self, Served, StorageDaemon};
+use crate::failure::{Failure, Outcome, Status};
+use crate::image::{self, Format, RunDir, Served, Stamp, StorageDaemon};
 use crate::nbd::{self, Peer};
 use crate::report::BackupReport;
+
+/// An image that is held for the rollback (or only looked at in a dry run).
+struct Held {
+    disk: Chosen,
+    path: PathBuf,
+    format: Format,
+    known: Option<Known>,
+    daemon: StorageDaemon,
+}
+
+impl Held {
+    fn peer(&self) -> Peer {
+        Peer::on_socket(self.daemon.socket(), self.daemon.export())
+    }
+
+    fn resized(&self) -> bool {
+        self.disk.seen.size_bytes != self.disk.wanted.size_bytes
+    }
+}
 
 impl Rollback<'_> {
     /// Rolls the images back. `safety` takes the safety point.
@@ -19,21 +43,24 @@ impl Rollback<'_> {
         safety: crate::backup::Request,
     ) -> Outcome<RolledBack> {
         let mut done = RolledBack::default();
-        let mut seen = self.look(images)?.disks().to_vec();
-        let (chosen, left) = self.choose(&seen)?;
+        self.choose(self.look(images)?.disks())?;
+        let stamps = match self.request.safety_point && !self.request.dry_run {
+            true => Some(self.safety_point(images, &safety, &mut done).await?),
+            false => None,
+        };
+        // The safety point's bitmaps are the newest now.
+        let (chosen, left) = self.choose(self.look(images)?.disks())?;
         done.left_alone = left;
-        if self.request.safety_point && !self.request.dry_run {
-            let mut capture = self.look(images)?;
-            let report = self.back_up(&mut capture, &safety).await?;
-            self.note_safety_point(&report, &mut done);
-            seen = self.look(images)?.disks().to_vec();
-        }
-        for mut disk in chosen {
+        let dir = RunDir::of(self.context, self.job.id())?;
+        let mut held = Vec::with_capacity(chosen.len());
+        for disk in chosen {
             self.interrupt.check(self.tried)?;
-            disk.seen = seen[disk.index].clone();
-            let rolled = self.image(&disk, &images[disk.index].path).await?;
-            done.disks.push(rolled);
+            held.push(self.hold(disk, images, stamps.as_deref(), &dir)?);
         }
+        done.disks = match self.request.dry_run {
+            true => self.described_all(&held).await?,
+            false => self.roll(held, &dir).await?,
+        };
         Ok(done)
     }
 
@@ -54,6 +81,19 @@ impl Rollback<'_> {
         backup.run().await
     }
 
+    /// Takes the safety point; what it holds is there for as long as the images keep these stamps.
+    async fn safety_point(
+        &mut self,
+        images: &[Named],
+        safety: &crate::backup::Request,
+        done: &mut RolledBack,
+    ) -> Outcome<Vec<Option<Stamp>>> {
+        let mut capture = self.look(images)?;
+        let report = self.back_up(&mut capture, safety).await?;
+        self.note_safety_point(&report, done);
+        Ok(capture.stamps())
+    }
+
     fn look(&self, images: &[Named]) -> Outcome<ImageCapture> {
         let dir = self.context.state.dir("run")?.join(self.job.id().run());
         let repository = crate::commands::backup::repository_part(self.repository, self.tried)?;
@@ -61,60 +101,147 @@ impl Rollback<'_> {
         ImageCapture::open(images.to_vec(), repository, granularity, &dir, self.tried)
     }
 
-    async fn image(&self, disk: &Chosen, path: &Path) -> Outcome<super::RolledBackDisk> {
-        let dir = self.context.state.dir("run")?.join(self.job.id().run());
-        crate::state::make_private_dir(&dir).map_err(|e| Failure::failed(self.tried, e))?;
-        let format = image::of_file(path).map_err(|e| Failure::failed(self.tried, e))?;
-        if disk.seen.size_bytes != disk.wanted.size_bytes && !self.request.dry_run {
-            image::resize(path, format, disk.wanted.size_bytes, self.tried)?;
-        }
+    /// Takes an image's lock, if it is still what the safety point holds.
+    fn hold(
+        &self,
+        disk: Chosen,
+        images: &[Named],
+        stamps: Option<&[Option<Stamp>]>,
+        dir: &RunDir,
+    ) -> Outcome<Held> {
+        let Some(at) = images.iter().position(|named| named.id == disk.seen.id) else {
+            return Err(Failure::failed(self.tried, format!("disk {} is gone", disk.seen.id)));
+        };
+        let path = images[at].path.clone();
+        let format = image::of_file(&path).map_err(|e| Failure::failed(self.tried, e))?;
+        image::require_unlocked(&path, format, self.tried)?;
         let resized = disk.seen.size_bytes != disk.wanted.size_bytes;
         let known = if resized { None } else { self.known(&disk.seen)? };
-        let dirty = match &known {
-            Some(known) => self.dirty_of_image(disk, known, path, &dir).await?,
-            None => None,
-        };
+        let stamp = stamps.map(|stamps| stamps.get(at).cloned().flatten());
+        self.require_stamp(&path, format, stamp.as_ref())?;
+        let bitmap = known.as_ref().map(|known| known.base.bitmap.to_string());
         let served = match self.request.dry_run {
-            true => Served::Shared { bitmap: None },
-            false => Served::Exclusive,
+            true => Served::Shared { bitmap },
+            false => Served::Exclusive { bitmap },
         };
-        let daemon = StorageDaemon::start(path, format, &served, &dir)?;
-        let uri = Peer::on_socket(daemon.socket(), daemon.export());
-        let blocks = self.ranges(disk, known.as_ref().zip(dirty), &uri).await?;
-        if self.request.dry_run {
-            return Ok(self.described(disk, &blocks));
+        let daemon = self.serve(&path, format, &served, dir)?;
+        // Where there are bitmaps, taking the lock marks them as in use: a change of our own.
+        if disk.seen.bitmaps.is_empty() {
+            self.require_stamp(&path, format, stamp.as_ref())?;
         }
-        let rolled = self.write(&disk.seen.id, &uri, blocks).await?;
-        daemon.stop()?;
-        Ok(rolled)
+        Ok(Held { disk, path, format, known, daemon })
     }
 
-    async fn dirty_of_image(
+    fn require_stamp(
         &self,
-        disk: &Chosen,
-        known: &Known,
         path: &Path,
-        dir: &Path,
-    ) -> Outcome<Option<Vec<icecore_io_engine::BlockRange>>> {
-        let format = image::of_file(path).map_err(|e| Failure::failed(self.tried, e))?;
-        let name = known.base.bitmap.to_string();
-        let served = Served::Shared { bitmap: Some(name.clone()) };
-        let daemon = StorageDaemon::start(path, format, &served, dir)?;
-        let uri = Peer::on_socket(daemon.socket(), daemon.export());
-        let mut control = nbd::control(&uri, Some(&name), self.tried).await?;
+        format: Format,
+        stamp: Option<&Option<Stamp>>,
+    ) -> Outcome<()> {
+        let Some(stamp) = stamp else { return Ok(()) };
+        let now = Stamp::of(path, &image::info(path, format)?)?;
+        if stamp.as_ref() == Some(&now) {
+            return Ok(());
+        }
+        let why = format!("{} was written to after the safety point", path.display());
+        Err(Failure::refused(self.tried, why).next("see that the VM stays off, and run it again"))
+    }
+
+    fn serve(
+        &self,
+        path: &Path,
+        format: Format,
+        served: &Served,
+        dir: &RunDir,
+    ) -> Outcome<StorageDaemon> {
+        let dir = dir.path().map_err(|e| Failure::failed(self.tried, e))?;
+        StorageDaemon::start(path, format, served, dir)
+    }
+
+    /// Decides everything, then writes everything. All locks are kept until the end.
+    async fn roll(&mut self, mut held: Vec<Held>, dir: &RunDir) -> Outcome<Vec<RolledBackDisk>> {
+        let mut plans = Vec::with_capacity(held.len());
+        for image in &held {
+            // One of another size is looked at when it has the wanted one.
+            let plan = if image.resized() { Vec::new() } else { self.plan(image).await? };
+            plans.push(plan);
+        }
+        self.interrupt.check(self.tried)?;
+        self.note_writing(held.iter().map(|image| image.path.clone()).collect())?;
+        let written = self.write_all(&mut held, plans, dir).await;
+        let closed: Outcome<Vec<()>> = held.into_iter().map(|image| image.daemon.stop()).collect();
+        let disks = written.and_then(|disks| closed.map(|_| disks)).map_err(half_written)?;
+        self.note_writing(Vec::new())?;
+        Ok(disks)
+    }
+
+    /// On disk before the first write: whoever finds the run dead knows what it left.
+    fn note_writing(&mut self, paths: Vec<PathBuf>) -> Outcome<()> {
+        self.job.record.writing = paths;
+        self.job.save(self.context)
+    }
+
+    async fn write_all(
+        &self,
+        held: &mut [Held],
+        plans: Vec<Vec<BlockRange>>,
+        dir: &RunDir,
+    ) -> Outcome<Vec<RolledBackDisk>> {
+        let mut disks = Vec::with_capacity(held.len());
+        for (image, mut plan) in held.iter_mut().zip(plans) {
+            if image.resized() {
+                self.resize(image, dir)?;
+                plan = self.plan(image).await?;
+            }
+            disks.push(self.write(&image.disk.seen.id, &image.peer(), plan).await?);
+        }
+        Ok(disks)
+    }
+
+    /// Gives an image the wanted size; its lock changes hands for that.
+    fn resize(&self, image: &mut Held, dir: &RunDir) -> Outcome<()> {
+        image.daemon.end()?;
+        image::resize(&image.path, image.format, image.disk.wanted.size_bytes, self.tried)?;
+        let served = Served::Exclusive { bitmap: None };
+        image.daemon = self.serve(&image.path, image.format, &served, dir)?;
+        Ok(())
+    }
+
+    /// The blocks to write to an image: read under its lock.
+    async fn plan(&self, image: &Held) -> Outcome<Vec<BlockRange>> {
+        let peer = image.peer();
+        let bitmap = image.known.as_ref().map(|known| known.base.bitmap.to_string());
+        let mut control = nbd::control(&peer, bitmap.as_deref(), self.tried).await?;
+        let (served, wanted) = (control.export().size_bytes, image.disk.wanted.size_bytes);
+        if served != wanted && !self.request.dry_run {
+            let why = format!("{} has {served} bytes, not {wanted}", image.path.display());
+            return Err(Failure::failed(self.tried, why));
+        }
         let block = u64::from(self.repository.block_size().bytes());
-        ranges::dirty(&mut control, &name, &known.base, disk.seen.size_bytes, block, self.tried)
-            .await
+        let dirty = match (&image.known, bitmap) {
+            (Some(known), Some(name)) => {
+                let size = image.disk.seen.size_bytes;
+                ranges::dirty(&mut control, &name, &known.base, size, block, self.tried).await?
+            }
+            _ => None,
+        };
+        control.disconnect().await.map_err(|e| Failure::failed(self.tried, e))?;
+        self.ranges(&image.disk, image.known.as_ref().zip(dirty), &peer).await
+    }
+
+    async fn described_all(&self, held: &[Held]) -> Outcome<Vec<RolledBackDisk>> {
+        let mut disks = Vec::with_capacity(held.len());
+        for image in held {
+            let plan = self.plan(image).await?;
+            disks.push(self.described(&image.disk, &plan));
+        }
+        Ok(disks)
     }
 
     /// What a dry run says of a disk.
-    pub(super) fn described(
-        &self,
-        disk: &Chosen,
-        blocks: &[icecore_io_engine::BlockRange],
-    ) -> super::RolledBackDisk {
+    pub(super) fn described(&self, disk: &Chosen, blocks: &[BlockRange]) -> RolledBackDisk {
         let block = u64::from(self.repository.block_size().bytes());
-        super::RolledBackDisk {
+        RolledBackDisk {
             disk: disk.seen.id.to_string(),
             differing_bytes: ranges::bytes(blocks, block, disk.wanted.size_bytes),
             written_bytes: 0,
@@ -122,4 +249,16 @@ impl Rollback<'_> {
             seconds: 0.0,
         }
     }
+}
+
+/// A failure after the first write.
+fn half_written(failure: Failure) -> Failure {
+    let why = format!("{}; the images are half-written: do not start the VM", failure.why);
+    let status = match failure.status {
+        Status::Damaged => Status::Damaged,
+        // Refused and interrupted mean that nothing has changed.
+        _ => Status::Failed,
+    };
+    Failure { why, status, ..failure }
+        .next("run the rollback again to finish it, or roll back to its safety point")
 }

@@ -100,6 +100,10 @@ pub struct JobRecord {
     /// Powered-off images or restore targets that the run changes.
     #[serde(default)]
     pub files: Vec<PathBuf>,
+    /// Powered-off images that a rollback writes to: from before the first write until all of them
+    /// are done. In the record of a run that ended, they are half-written.
+    #[serde(default)]
+    pub writing: Vec<PathBuf>,
     /// Scratch directory of the run.
     pub scratch: Option<PathBuf>,
 }
@@ -129,6 +133,7 @@ impl JobRecord {
             qmp: None,
             qga: None,
             files: Vec::new(),
+            writing: Vec::new(),
             scratch: None,
         }
     }
