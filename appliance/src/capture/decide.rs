@@ -100,3 +100,113 @@ fn parent_disk(point: &Point, id: &DiskId) -> Option<ParentDisk> {
         identity: icecore_qmp::inventory::Identity(meta.identity.clone()),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use icecore_qmp::bitmap::Bitmap;
+    use icecore_qmp::inventory::Identity;
+    use serde_json::json;
+
+    use super::*;
+
+    const BITMAP: &str = "icecore:repo:chain:point:vda";
+
+    fn seen(bitmaps: Vec<Bitmap>) -> SeenDisk {
+        SeenDisk {
+            id: "vda".parse().unwrap(),
+            size_bytes: 1 << 20,
+            identity: Identity("id=vda;file=/a".into()),
+            partial_identity: false,
+            bitmaps,
+            records: true,
+            refusal: None,
+            read_only: false,
+        }
+    }
+
+    fn bitmap() -> Bitmap {
+        Bitmap {
+            name: BITMAP.into(),
+            granularity_bytes: 65536,
+            dirty_bytes: 131_072,
+            recording: true,
+            busy: false,
+            persistent: true,
+            inconsistent: false,
+        }
+    }
+
+    fn parent() -> Point {
+        let zero = "0".repeat(64);
+        let summary = json!({"content_root": zero, "new_bytes": 0, "stored_bytes": 0,
+            "zero_bytes": 0, "data_bytes": 0, "blocks_new": 0, "blocks_known": 0,
+            "blocks_same": 0, "map_bytes": 0});
+        serde_json::from_value(json!({
+            "id": "00000000000000", "vm": "vm", "chain": "00000000000000",
+            "writer_id": "0000000000000000", "new_bytes": 0, "stored_bytes": 0,
+            "object_count": 0,
+            "disks": [{"disk": "vda", "size_bytes": 1 << 20, "content_root": zero, "runs": [],
+                "summary": summary}],
+            "meta": {"created_at": "2026-01-01T00:00:00Z", "captured_at": "2026-01-01T00:00:00Z",
+                "consistency": {"level": "crash", "frozen_filesystems": 0, "freeze_ms": 0.0,
+                    "pause_ms": 0.0},
+                "capsule": null, "writer": {"host": "h", "version": "0"},
+                "disks": [{"disk": "vda", "mode": "full", "dirty_bytes": 0, "read_bytes": 0,
+                    "zero_bytes": 0, "sampled_blocks": 0, "identity": "id=vda;file=/a",
+                    "bitmap": BITMAP, "granularity": 65536, "seconds": 0.0}]},
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_sound_bitmap_of_the_parent_makes_an_incremental() {
+        let decision = decide(Level::Auto, &seen(vec![bitmap()]), Some(&parent()), false);
+        assert_eq!(decision.mode(), DiskMode::Incremental);
+        assert_eq!(decision.base.unwrap().bitmap.to_string(), BITMAP);
+    }
+
+    #[test]
+    fn every_doubt_reads_the_disk_whole_in_the_same_chain() {
+        let inconsistent = Bitmap { inconsistent: true, ..bitmap() };
+        let coarser = Bitmap { granularity_bytes: 1 << 20, ..bitmap() };
+        let cases = [
+            (vec![], "BitmapMissing"),
+            (vec![inconsistent], "BitmapInconsistent"),
+            (vec![coarser], "GranularityChanged"),
+        ];
+        for (bitmaps, reason) in cases {
+            let decision = decide(Level::Incremental, &seen(bitmaps), Some(&parent()), false);
+            assert_eq!(decision.doubt.map(Doubt::name), Some(reason));
+            assert_eq!(decision.mode(), DiskMode::Rehash);
+            assert!(decision.parent.is_some() && decision.is_fallback());
+        }
+    }
+
+    #[test]
+    fn a_damaged_parent_is_not_compared_with_and_the_chain_goes_on() {
+        let decision = decide(Level::Auto, &seen(vec![bitmap()]), Some(&parent()), true);
+        assert_eq!(decision.doubt.map(Doubt::name), Some("ParentCorrupt"));
+        assert_eq!((decision.mode(), decision.parent), (DiskMode::Rehash, None));
+    }
+
+    #[test]
+    fn a_first_point_and_a_full_one_have_no_parent() {
+        let first = decide(Level::Auto, &seen(vec![]), None, false);
+        let full = decide(Level::Full, &seen(vec![bitmap()]), Some(&parent()), false);
+        let reasons = [first.doubt, full.doubt].map(|doubt| doubt.map(Doubt::name));
+        assert_eq!(reasons, [Some("FirstPoint"), Some("Requested")]);
+        assert!(!first.is_fallback() && !full.is_fallback());
+        assert_eq!((first.mode(), full.mode()), (DiskMode::Full, DiskMode::Full));
+    }
+
+    #[test]
+    fn an_image_is_the_vms_disk_when_the_parents_identity_holds_all_of_its() {
+        let image = SeenDisk { partial_identity: true, ..seen(vec![bitmap()]) };
+        let mut of_vm = parent();
+        of_vm.meta.disks[0].identity = "id=vda;serial=7;file=/a".into();
+        assert!(decide(Level::Auto, &image, Some(&of_vm), false).base.is_some());
+        of_vm.meta.disks[0].identity = "id=vda;serial=7;file=/b".into();
+        let other = decide(Level::Auto, &image, Some(&of_vm), false);
+        assert_eq!(other.doubt.map(Doubt::name), Some("DiskReplaced"));
+    }
+}
