@@ -4,14 +4,13 @@ mod guardian_rig;
 
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::Duration;
 
 use guardian_rig::{MIB, Machine, Qemu, bitmap, ended, instant, run};
 use icecore_qmp::guardian::protocol::{Form, Then};
-use icecore_qmp::guardian::{GuardianClient, main, serve};
-use icecore_qmp::recover::{Intents, ProbeCommand, ServerIntent};
+use icecore_qmp::guardian::{GuardianClient, main};
+use icecore_qmp::recover::{Intents, ServerIntent};
 use rustix::fs::{FlockOperation, flock};
 
 /// Not a test: the body of the process that the tests below start.
@@ -70,15 +69,7 @@ async fn a_guardian_is_deaf_and_holds_the_locks() {
 #[tokio::test]
 async fn a_hung_scratch_leaves_the_graph() {
     let qemu = Qemu::start(&Machine::single()).await;
-    let (ours, theirs) = UnixStream::pair().expect("a pair");
-    let stuck = ProbeCommand {
-        program: "sleep".into(),
-        arguments: vec!["60".into()],
-        environment: Vec::new(),
-    };
-    let thread = std::thread::spawn(move || serve(theirs, Some(stuck)).expect("serves"));
-    let client = GuardianClient::connect_to(ours, &[]).expect("a client");
-    client.connect(qemu.path("qmp"), None).await.expect("connected");
+    let (client, thread) = qemu.connected_with("exec sleep 60").await;
     client.prepare(qemu.prepare(16 * MIB, "p1").await).await.expect("prepared");
     client.instant(instant(Then::Continue)).await.expect("instant");
     client.expose(qemu.expose_plan(Form::Pull, None).await).await.expect("exposed");
@@ -89,12 +80,25 @@ async fn a_hung_scratch_leaves_the_graph() {
     qemu.write(0, 3, 0..MIB).await;
     drop(client);
     ended(thread).await;
-    // The storage is back, and so is the next run.
-    let (client, thread) = qemu.connected().await;
+    // The next start, with the storage as it is, and then with a probe that does not work.
+    for (probe, why) in [("exec sleep 60", "does not answer"), ("false", "is not known")] {
+        let left = recovered(&qemu, probe).await;
+        assert!(!left.is_empty());
+        assert!(left.iter().all(|left| left.contains(why)), "{left:?}");
+    }
+    // The storage is back: the directory's name comes from QEMU.
+    let probe = format!("test $ICECORE_GUARDIAN_PROBE = {}", qemu.dir.path().display());
+    assert_eq!(recovered(&qemu, &probe).await, Vec::<String>::new());
+    qemu.assert_clean(&[bitmap("p1", "vd0")]).await;
+}
+
+/// What is left after the next start.
+async fn recovered(qemu: &Qemu, probe: &str) -> Vec<String> {
+    let (client, thread) = qemu.connected_with(probe).await;
     let mut intents = Intents::unknown(client.inspect().await.expect("inspected").leftovers[0]);
     intents.server = ServerIntent::Asked;
-    assert!(client.recover(intents, None).await.expect("recovered").left.is_empty());
+    let left = client.recover(intents, None).await.expect("recovered").left;
     drop(client);
     ended(thread).await;
-    qemu.assert_clean(&[bitmap("p1", "vd0")]).await;
+    left
 }

@@ -69,6 +69,8 @@ pub struct SeenNode {
     pub name: String,
     /// Its size in bytes, as QEMU sees it now.
     pub size_bytes: u64,
+    /// Its file or URI, or a `json:` description where neither tells all.
+    pub filename: String,
 }
 
 /// The part of a QEMU's state that concerns us.
@@ -181,7 +183,7 @@ struct NodeReply {
 
 impl NodeReply {
     fn seen(self) -> SeenNode {
-        SeenNode { name: self.name, size_bytes: self.image.size }
+        SeenNode { name: self.name, size_bytes: self.image.size, filename: self.image.filename }
     }
 }
 
@@ -189,6 +191,8 @@ impl NodeReply {
 struct ImageReply {
     #[serde(rename = "virtual-size")]
     size: u64,
+    #[serde(default)]
+    filename: String,
 }
 
 #[derive(Deserialize)]

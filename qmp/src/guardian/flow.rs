@@ -55,12 +55,10 @@ impl Keeper {
         let freeze = self.intents.freeze;
         self.intents = Intents { freeze, ..Intents::before_prepare(prepare) };
         self.disks.clone_from(&prepare.disks);
-        let probe = self.probe.clone().map(|mut probe| {
-            let variable = super::probe::PROBE_VARIABLE.to_owned();
-            probe.environment.push((variable, prepare.scratch_dir.clone()));
-            probe
-        });
-        self.hands = Hands { server_socket: Some(prepare.server_socket.clone()), probe };
+        self.hands = Hands {
+            server_socket: Some(prepare.server_socket.clone()),
+            scratch_dir: Some(prepare.scratch_dir.clone()),
+        };
         self.phase = Phase::Prepared;
     }
 

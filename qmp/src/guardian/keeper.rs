@@ -8,6 +8,7 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use super::leash::Leash;
+use super::probe::{Probe, ProbeCommand};
 use super::protocol::{Connect, ErrorKind, GuardianError, Inspection, Released, Request, SwapDisk};
 use super::watch::Live;
 use crate::bitmap::Granularity;
@@ -59,14 +60,14 @@ pub(super) struct Keeper {
     pub(super) phase: Phase,
     /// The guest is held stopped for a rollback.
     pub(super) held: bool,
-    pub(super) probe: Option<recover::ProbeCommand>,
+    probe: Probe,
     pub(super) leash: Leash,
 }
 
 pub(super) type Reply = Result<Value, GuardianError>;
 
 impl Keeper {
-    pub(super) fn new(leash: Leash, probe: Option<recover::ProbeCommand>) -> Self {
+    pub(super) fn new(leash: Leash, probe: ProbeCommand) -> Self {
         Self {
             link: None,
             intents: Intents::new(RunId(0)),
@@ -75,7 +76,7 @@ impl Keeper {
             hands: Hands::default(),
             phase: Phase::Idle,
             held: false,
-            probe,
+            probe: Probe::new(probe),
             leash,
         }
     }
@@ -146,7 +147,19 @@ impl Keeper {
     }
 
     pub(super) fn link(&mut self) -> Result<&mut Link, GuardianError> {
-        self.link.as_mut().ok_or_else(|| out_of_order("not connected to a QEMU yet".into()))
+        self.link.as_mut().ok_or_else(not_connected)
+    }
+
+    /// Undoes what `intents` say of the connected QEMU.
+    async fn recover_run(
+        &mut self,
+        intents: &mut Intents,
+        hands: &Hands,
+    ) -> Result<Released, GuardianError> {
+        let link = self.link.as_mut().ok_or_else(not_connected)?;
+        let patience = PATIENCE_WITH_WORKER;
+        let report = recover::run(link, intents, hands, &mut self.probe, patience).await;
+        Ok(Released { left: report.left })
     }
 
     pub(super) async fn observe(&mut self) -> Result<Observed, GuardianError> {
@@ -270,7 +283,8 @@ impl Keeper {
         // Without a word to QEMU: it may be waiting for these, and deaf.
         self.leash.cut();
         let Some(link) = &mut self.link else { return Released::default() };
-        let report = recover::run(link, &mut self.intents, &self.hands, patience).await;
+        let (intents, hands, probe) = (&mut self.intents, &self.hands, &mut self.probe);
+        let report = recover::run(link, intents, hands, probe, patience).await;
         self.held = false;
         Released { left: report.left }
     }
@@ -291,16 +305,14 @@ impl Keeper {
             keep.stop = StopIntent::None;
             keep.freeze = FreezeIntent::None;
         }
-        let hands = self.hands.clone();
-        let link = self.link()?;
-        let report = recover::run(link, &mut keep, &hands, PATIENCE_WITH_WORKER).await;
+        let released = self.recover_run(&mut keep, &self.hands.clone()).await?;
         self.intents.server = keep.server;
         if !self.held {
             self.intents.freeze = keep.freeze;
             self.intents.stop = keep.stop;
         }
         self.phase = Phase::Idle;
-        Ok(Released { left: report.left })
+        Ok(released)
     }
 
     /// The point's fate is known: bitmaps go accordingly. A rollback's guest stays as it is.
@@ -320,11 +332,9 @@ impl Keeper {
         if let (Some(first), CommitState::Committed) = (bitmaps_only.disks.first_mut(), commit) {
             first.old_bitmaps = old;
         }
-        let hands = Hands::default();
-        let link = self.link()?;
-        let report = recover::run(link, &mut bitmaps_only, &hands, PATIENCE_WITH_WORKER).await;
+        let released = self.recover_run(&mut bitmaps_only, &self.hands.clone()).await?;
         self.intents.commit = CommitState::Unknown;
-        Ok(Released { left: report.left })
+        Ok(released)
     }
 
     /// Undoes a run of another worker from its journal.
@@ -333,10 +343,22 @@ impl Keeper {
         mut intents: Intents,
         server_socket: Option<PathBuf>,
     ) -> Result<Released, GuardianError> {
-        let hands = Hands { server_socket, probe: self.probe.clone() };
-        let link = self.link()?;
-        let report = recover::run(link, &mut intents, &hands, PATIENCE_WITH_WORKER).await;
-        Ok(Released { left: report.left })
+        // The scratch directory of another run is asked of QEMU.
+        let hands = Hands { server_socket, scratch_dir: None };
+        let orphaned = intents.server != ServerIntent::None && self.serves_only_ours().await?;
+        let released = self.recover_run(&mut intents, &hands).await?;
+        if orphaned && released.left.is_empty() {
+            // Its socket may be gone with the directory that held it. One that was stopped already
+            // says that it does not run.
+            let _ = self.link()?.call(&Call::stop_server(), CALL_WAIT).await;
+        }
+        Ok(released)
+    }
+
+    /// Whether QEMU's NBD server has exports of ours and of nobody else: then it is ours.
+    async fn serves_only_ours(&mut self) -> Result<bool, GuardianError> {
+        let exports = self.observe().await?.exports;
+        Ok(!exports.is_empty() && exports.iter().all(|id| OurName::parse(id).is_some()))
     }
 
     /// Removes bitmaps of ours by name, wherever they are.
@@ -385,6 +407,10 @@ fn allowed_after_cut(request: &Request) -> bool {
 fn reply<T: Serialize>(result: Result<T, GuardianError>) -> Reply {
     let value = serde_json::to_value(result?);
     value.map_err(|error| out_of_order(format!("cannot be said in JSON: {error}")))
+}
+
+fn not_connected() -> GuardianError {
+    out_of_order("not connected to a QEMU yet".into())
 }
 
 pub(super) fn out_of_order(message: String) -> GuardianError {

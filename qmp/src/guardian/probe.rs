@@ -1,14 +1,15 @@
 //! Whether the scratch's storage still answers, found out by a process that may get stuck.
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use tokio::process::Command;
+use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
-use crate::recover::{ProbeCommand, ScratchHealth};
+use crate::recover::ScratchHealth;
 
 /// Longest wait for a probe. Storage slower than this breaks the snapshot anyway
 /// (`cbw-timeout`), and what drains would halt the guest for as long.
@@ -19,22 +20,50 @@ pub const PROBE_VARIABLE: &str = "ICECORE_GUARDIAN_PROBE";
 
 const PROBE_BYTES: [u8; 4096] = [0x1c; 4096];
 
-/// Runs a probe.
-pub async fn run(probe: &ProbeCommand) -> ScratchHealth {
-    let mut command = Command::new(&probe.program);
-    command.args(&probe.arguments).envs(probe.environment.iter().map(|(key, value)| (key, value)));
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    let Ok(mut child) = command.spawn() else {
-        // No process to be had says nothing about the storage; not to undo would be worse.
-        return ScratchHealth::Answers;
-    };
-    match timeout(PROBE_WAIT, child.wait()).await {
-        // A write that fails at once (full, gone) has answered.
-        Ok(_) => ScratchHealth::Answers,
-        Err(_) => {
-            // It ends when its storage comes back; until then no signal reaches it.
-            let _ = child.start_kill();
-            ScratchHealth::Hangs
+/// A command that runs [`body`] for the directory that [`PROBE_VARIABLE`] names, and then ends
+/// with success, whatever the storage has answered.
+#[derive(Debug, Clone)]
+pub struct ProbeCommand {
+    /// The program.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub arguments: Vec<OsString>,
+}
+
+/// Probes storage, with one process at a time.
+#[derive(Debug)]
+pub struct Probe {
+    command: ProbeCommand,
+    /// One that did not come back, and ends with its storage's trouble.
+    stuck: Option<Child>,
+}
+
+impl Probe {
+    /// Nothing is run yet.
+    pub fn new(command: ProbeCommand) -> Self {
+        Self { command, stuck: None }
+    }
+
+    /// Finds out about the storage of `directory`, within [`PROBE_WAIT`].
+    pub async fn run(&mut self, directory: &Path) -> ScratchHealth {
+        if let Some(stuck) = &mut self.stuck
+            && matches!(stuck.try_wait(), Ok(None))
+        {
+            return ScratchHealth::Hangs;
+        }
+        let mut command = Command::new(&self.command.program);
+        command.args(&self.command.arguments).env(PROBE_VARIABLE, directory);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let Ok(mut child) = command.spawn() else { return ScratchHealth::NotKnown };
+        match timeout(PROBE_WAIT, child.wait()).await {
+            Ok(Ok(status)) if status.success() => ScratchHealth::Answers,
+            Ok(_) => ScratchHealth::NotKnown,
+            Err(_) => {
+                // It ends when its storage comes back; until then no signal reaches it.
+                let _ = child.start_kill();
+                self.stuck = Some(child);
+                ScratchHealth::Hangs
+            }
         }
     }
 }

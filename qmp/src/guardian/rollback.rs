@@ -44,7 +44,7 @@ impl Keeper {
         self.intents = Intents { stop, freeze, ..Intents::before_swap(swap) };
         self.swapped.clone_from(&swap.disks);
         self.disks.clear();
-        self.hands = Hands { server_socket: Some(swap.server_socket.clone()), probe: None };
+        self.hands = Hands { server_socket: Some(swap.server_socket.clone()), scratch_dir: None };
         self.phase = Phase::Swapped;
     }
 

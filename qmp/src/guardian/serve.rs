@@ -14,11 +14,10 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::flow::refused;
 use super::keeper::Keeper;
-use super::probe;
+use super::probe::{self, ProbeCommand};
 use super::protocol::{ErrorKind, GuardianError, LINE_BYTES_MAX, ToGuardian, ToWorker};
 use super::spawn::take_over;
 use super::watch::{Live, Watch};
-use crate::recover::ProbeCommand;
 
 /// How often the worker and the disks' sizes are looked at.
 const TICK: Duration = Duration::from_millis(250);
@@ -28,8 +27,9 @@ const TICK: Duration = Duration::from_millis(250);
 /// outside of one.
 pub fn main() -> ExitCode {
     if let Some(directory) = std::env::var_os(probe::PROBE_VARIABLE) {
-        let written = probe::body(&PathBuf::from(directory));
-        return if written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+        // A write that fails at once (full, gone) has answered, too.
+        let _ = probe::body(&PathBuf::from(directory));
+        return ExitCode::SUCCESS;
     }
     // Already a leader of its own group or session: then the worker's signals miss it anyway.
     let _ = rustix::process::setsid();
@@ -46,15 +46,15 @@ pub fn main() -> ExitCode {
 }
 
 /// This process again, with the same arguments: the variable makes it a probe.
-fn own_probe() -> Option<ProbeCommand> {
+fn own_probe() -> ProbeCommand {
     let arguments = std::env::args_os().skip(1).collect();
     let program = PathBuf::from("/proc/self/exe");
-    Some(ProbeCommand { program, arguments, environment: Vec::new() })
+    ProbeCommand { program, arguments }
 }
 
-/// Serves one worker on `stream` and returns when nothing of its run is left. `probe` is run with
-/// the variable [`probe::PROBE_VARIABLE`] naming the scratch directory.
-pub fn serve(stream: StdUnixStream, probe: Option<ProbeCommand>) -> std::io::Result<()> {
+/// Serves one worker on `stream` and returns when nothing of its run is left. `probe` is run
+/// before anything is done that hangs a guest whose scratch storage hangs.
+pub fn serve(stream: StdUnixStream, probe: ProbeCommand) -> std::io::Result<()> {
     let (leash, locks) = take_over(&stream)?;
     stream.set_nonblocking(true)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

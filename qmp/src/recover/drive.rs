@@ -11,9 +11,10 @@ use super::{
     Effect, FreezeIntent, GuestFs, Intents, ScratchHealth, ServerIntent, Situation, StopIntent,
 };
 use crate::capture::link::{CALL_WAIT, Link};
-use crate::capture::observe::Observed;
-use crate::capture::{Call, Role};
+use crate::capture::observe::{Observed, SeenNode};
+use crate::capture::{Call, OurName, Role, RunId};
 use crate::errors::QmpError;
+use crate::guardian::probe::Probe;
 
 /// One attempt to thaw before the rest of the plan goes on; the next round tries again.
 const THAW_PATIENCE: Duration = Duration::from_secs(4);
@@ -23,25 +24,13 @@ const ROUND_PAUSE_FIRST: Duration = Duration::from_millis(5);
 /// See [`ROUND_PAUSE_FIRST`].
 const ROUND_PAUSE_LONGEST: Duration = Duration::from_secs(2);
 
-/// What undoing needs beside the connections.
+/// What undoing has to know beside what QEMU shows.
 #[derive(Debug, Clone, Default)]
 pub struct Hands {
     /// The socket path that QEMU's NBD server was told.
     pub server_socket: Option<PathBuf>,
-    /// A command that writes a little to the scratch's storage and then ends: program, then
-    /// arguments. It runs in a process of its own, because storage that hangs takes it along.
-    pub probe: Option<ProbeCommand>,
-}
-
-/// See [`Hands::probe`].
-#[derive(Debug, Clone)]
-pub struct ProbeCommand {
-    /// The program.
-    pub program: PathBuf,
-    /// Its arguments.
-    pub arguments: Vec<std::ffi::OsString>,
-    /// Its additional environment.
-    pub environment: Vec<(String, PathBuf)>,
+    /// The directory of the run's scratch files; without it, QEMU is asked.
+    pub scratch_dir: Option<PathBuf>,
 }
 
 /// How undoing ended.
@@ -59,12 +48,13 @@ pub async fn run(
     link: &mut Link,
     intents: &mut Intents,
     hands: &Hands,
+    probe: &mut Probe,
     patience: Duration,
 ) -> Report {
     let until = Instant::now() + patience;
     let mut pause = ROUND_PAUSE_FIRST;
     loop {
-        let round = round(link, intents, hands).await;
+        let round = round(link, intents, hands, probe).await;
         match round {
             Round::Over(report) => return report,
             Round::Again(left) if Instant::now() >= until => {
@@ -81,7 +71,7 @@ enum Round {
     Again(Vec<String>),
 }
 
-async fn round(link: &mut Link, intents: &mut Intents, hands: &Hands) -> Round {
+async fn round(link: &mut Link, intents: &mut Intents, hands: &Hands, probe: &mut Probe) -> Round {
     if let Err(error) = link.revive().await {
         return if error.nobody_there() {
             Round::Over(Report { left: Vec::new(), qemu_gone: true })
@@ -93,7 +83,8 @@ async fn round(link: &mut Link, intents: &mut Intents, hands: &Hands) -> Round {
         Ok(seen) => seen,
         Err(error) => return Round::Again(vec![error.to_string()]),
     };
-    let situation = situation(link, intents, hands, &seen).await;
+    let scratch = scratch_health(intents.run, hands, &seen, probe).await;
+    let situation = situation(link, intents, hands, &seen, scratch);
     let effects = plan(intents, &situation);
     if effects.is_empty() {
         return Round::Over(Report { left: left_over(intents, &situation), qemu_gone: false });
@@ -101,11 +92,12 @@ async fn round(link: &mut Link, intents: &mut Intents, hands: &Hands) -> Round {
     Round::Again(carry_out(link, intents, &effects).await)
 }
 
-async fn situation<'a>(
-    link: &mut Link,
+fn situation<'a>(
+    link: &Link,
     intents: &Intents,
     hands: &Hands,
     seen: &'a Observed,
+    scratch: ScratchHealth,
 ) -> Situation<'a> {
     // A thaw that is owed is tried, not asked about: the answer could be older than the freeze.
     let guest = match intents.freeze {
@@ -115,12 +107,31 @@ async fn situation<'a>(
     let socket = hands.server_socket.as_ref();
     let our_socket_exists = intents.server != ServerIntent::None
         && socket.is_some_and(|path| path.symlink_metadata().is_ok());
-    let drains = !remains(intents, seen).is_empty();
-    let scratch = match &hands.probe {
-        Some(probe) if drains => crate::guardian::probe::run(probe).await,
-        _ => ScratchHealth::Answers,
-    };
     Situation { seen, guest, our_socket_exists, scratch }
+}
+
+/// Only a scratch in the graph can hang what drains.
+async fn scratch_health(
+    run: RunId,
+    hands: &Hands,
+    seen: &Observed,
+    probe: &mut Probe,
+) -> ScratchHealth {
+    let ours = |node: &&SeenNode| {
+        OurName::parse(&node.name).is_some_and(|name| {
+            name.run == run && matches!(name.role, Role::File | Role::Raw | Role::Tmp)
+        })
+    };
+    let nodes: Vec<_> = seen.nodes.iter().filter(ours).collect();
+    if nodes.is_empty() {
+        return ScratchHealth::Answers;
+    }
+    let file = |node: &&SeenNode| Some(PathBuf::from(&node.filename)).filter(|f| f.is_absolute());
+    let in_qemu = || nodes.iter().find_map(file).and_then(|file| Some(file.parent()?.to_owned()));
+    match hands.scratch_dir.clone().or_else(in_qemu) {
+        Some(directory) => probe.run(&directory).await,
+        None => ScratchHealth::NotKnown,
+    }
 }
 
 fn left_over(intents: &Intents, situation: &Situation<'_>) -> Vec<String> {
@@ -128,6 +139,9 @@ fn left_over(intents: &Intents, situation: &Situation<'_>) -> Vec<String> {
         ScratchHealth::Answers => "QEMU still uses it",
         ScratchHealth::Hangs => {
             "its scratch storage does not answer, and removing it would hang the guest"
+        }
+        ScratchHealth::NotKnown => {
+            "whether its scratch storage answers is not known, and removing it could hang the guest"
         }
     };
     let names = remains(intents, situation.seen);

@@ -11,7 +11,7 @@ mod tests;
 
 use serde::{Deserialize, Serialize};
 
-pub use drive::{Hands, ProbeCommand, Report, run};
+pub use drive::{Hands, Report, run};
 pub use plan::{plan, remains};
 
 use crate::capture::RunId;
@@ -114,6 +114,8 @@ pub enum ScratchHealth {
     Answers,
     /// It did not: whatever drains would hang the guest.
     Hangs,
+    /// It could not be tried: whatever drains might.
+    NotKnown,
 }
 
 /// What the agent says of the guest's filesystems.

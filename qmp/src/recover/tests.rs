@@ -180,7 +180,8 @@ impl Model {
     }
 
     fn seen(&self) -> Observed {
-        let seen_node = |name: &String| SeenNode { name: name.clone(), size_bytes: 1 };
+        let seen_node =
+            |name: &String| SeenNode { name: name.clone(), size_bytes: 1, filename: String::new() };
         let target = |edge: &(String, String)| edge.1.ends_with("-tmp");
         let edge = |edge: &(String, String)| {
             let kind = if target(edge) { "target" } else { "file" };

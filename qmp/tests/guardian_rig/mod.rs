@@ -11,6 +11,7 @@ use icecore_qmp::Monitor;
 use icecore_qmp::bitmap::Granularity;
 use icecore_qmp::capture::plan::{Base, DiskPlan, NewBitmap, Scratch};
 use icecore_qmp::capture::{Observed, RunId, scratch};
+use icecore_qmp::guardian::probe::ProbeCommand;
 use icecore_qmp::guardian::protocol::{
     Expose, ExposeDisk, Exposed, Form, Freeze, InstantPlan, InstantReport, Prepare, Then,
 };
@@ -152,16 +153,31 @@ impl Qemu {
         said == json!("")
     }
 
-    /// A guardian in a thread of this process.
+    /// A guardian in a thread of this process. Its scratch storage answers.
     pub fn guardian(&self) -> (GuardianClient, std::thread::JoinHandle<()>) {
+        self.guardian_with("true")
+    }
+
+    /// A guardian whose probe is this command of the shell.
+    pub fn guardian_with(&self, probe: &str) -> (GuardianClient, std::thread::JoinHandle<()>) {
         let (ours, theirs) = UnixStream::pair().expect("a socket pair");
-        let thread = std::thread::spawn(move || serve(theirs, None).expect("serves"));
+        let arguments = vec!["-c".into(), probe.into()];
+        let probe = ProbeCommand { program: "sh".into(), arguments };
+        let thread = std::thread::spawn(move || serve(theirs, probe).expect("serves"));
         (GuardianClient::connect_to(ours, &[]).expect("a client"), thread)
     }
 
     /// A guardian that is connected.
     pub async fn connected(&self) -> (GuardianClient, std::thread::JoinHandle<()>) {
-        let (client, thread) = self.guardian();
+        self.connected_with("true").await
+    }
+
+    /// A guardian that is connected, with a probe as in [`Self::guardian_with`].
+    pub async fn connected_with(
+        &self,
+        probe: &str,
+    ) -> (GuardianClient, std::thread::JoinHandle<()>) {
+        let (client, thread) = self.guardian_with(probe);
         client.connect(self.path("qmp"), None).await.expect("connected");
         (client, thread)
     }
