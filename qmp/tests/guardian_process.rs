@@ -92,6 +92,26 @@ async fn a_hung_scratch_leaves_the_graph() {
     qemu.assert_clean(&[bitmap("p1", "vd0")]).await;
 }
 
+/// FAULTS 53: the storage comes back while the worker is still there, and asks for nothing.
+#[tokio::test]
+async fn what_could_not_be_undone_is_tried_again() {
+    let qemu = Qemu::start(&Machine::single()).await;
+    let back = qemu.path("back");
+    let probe = format!("test -e {} || exec sleep 60", back.display());
+    let (client, thread) = qemu.connected_with(&probe).await;
+    qemu.capture(&client, "p1", None).await;
+    assert!(!client.abort().await.expect("an answer").left.is_empty());
+    std::fs::write(&back, "").expect("a file");
+    let until = std::time::Instant::now() + Duration::from_secs(20);
+    while !qemu.seen().await.runs().is_empty() {
+        assert!(std::time::Instant::now() < until, "nothing is tried");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    qemu.assert_clean(&[bitmap("p1", "vd0")]).await;
+    drop(client);
+    ended(thread).await;
+}
+
 /// What is left after the next start.
 async fn recovered(qemu: &Qemu, probe: &str) -> Vec<String> {
     let (client, thread) = qemu.connected_with(probe).await;

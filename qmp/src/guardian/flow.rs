@@ -54,6 +54,7 @@ impl Keeper {
     fn begin(&mut self, prepare: &Prepare) {
         let freeze = self.intents.freeze;
         self.intents = Intents { freeze, ..Intents::before_prepare(prepare) };
+        self.forget_debts();
         self.disks.clone_from(&prepare.disks);
         self.hands = Hands {
             server_socket: Some(prepare.server_socket.clone()),

@@ -16,14 +16,24 @@ use crate::capture::link::{CALL_WAIT, Link};
 use crate::capture::names::BITMAP_PREFIX;
 use crate::capture::observe::{QUERY_WAIT, RunState, node_sizes};
 use crate::capture::plan::{DiskPlan, Step};
-use crate::capture::{Call, Observed, Role, RunId};
+use crate::capture::{Call, Observed, OurName, Role, RunId};
 use crate::errors::QmpError;
 use crate::features::Features;
 use crate::inventory;
-use crate::recover::{self, CommitState, FreezeIntent, Hands, Intents, RollbackIntent, StopIntent};
+use crate::recover::{
+    self, CommitState, FreezeIntent, Hands, Intents, RollbackIntent, ServerIntent, StopIntent,
+};
 
 /// How long the guardian tries to undo while a worker waits for the result.
 const PATIENCE_WITH_WORKER: Duration = Duration::from_secs(20);
+
+/// How long one further try takes while a worker may ask for something else.
+const PATIENCE_AGAIN: Duration = Duration::from_secs(2);
+
+/// First and longest pause before what could not be undone is tried again.
+const AGAIN_FIRST: Duration = Duration::from_secs(1);
+/// See [`AGAIN_FIRST`].
+const AGAIN_LONGEST: Duration = Duration::from_secs(60);
 
 /// How long it tries when nobody waits. A QEMU that is stopped longer is left to the next start.
 const PATIENCE_ALONE: Duration = Duration::from_secs(600);
@@ -49,6 +59,20 @@ pub(super) enum Phase {
     Cut(GuardianError),
 }
 
+/// When what could not be undone is tried again.
+#[derive(Debug, Clone, Copy)]
+struct Again {
+    at: Instant,
+    pause: Duration,
+}
+
+impl Again {
+    fn after(earlier: Option<Self>) -> Self {
+        let pause = earlier.map_or(AGAIN_FIRST, |earlier| earlier.pause * 2).min(AGAIN_LONGEST);
+        Self { at: Instant::now() + pause, pause }
+    }
+}
+
 /// The guardian.
 #[derive(Debug)]
 pub(super) struct Keeper {
@@ -62,6 +86,7 @@ pub(super) struct Keeper {
     pub(super) held: bool,
     probe: Probe,
     pub(super) leash: Leash,
+    again: Option<Again>,
 }
 
 pub(super) type Reply = Result<Value, GuardianError>;
@@ -78,6 +103,7 @@ impl Keeper {
             held: false,
             probe: Probe::new(probe),
             leash,
+            again: None,
         }
     }
 
@@ -270,7 +296,7 @@ impl Keeper {
 
     /// The worker is gone.
     pub(super) async fn finish_alone(&mut self) {
-        if self.phase != Phase::Idle || self.held || self.owes_thaw() {
+        if self.phase != Phase::Idle || self.held || self.owes_thaw() || self.again.is_some() {
             self.undo(PATIENCE_ALONE).await;
         }
     }
@@ -286,7 +312,27 @@ impl Keeper {
         let (intents, hands, probe) = (&mut self.intents, &self.hands, &mut self.probe);
         let report = recover::run(link, intents, hands, probe, patience).await;
         self.held = false;
+        self.again = (!report.left.is_empty()).then(|| Again::after(self.again));
         Released { left: report.left }
+    }
+
+    /// Tries again, ever more rarely, what an earlier attempt left undone: the worker may live for
+    /// hours, and the guest waits. A guest that is held is frozen until its rollback ends.
+    pub(super) async fn pay_debts(&mut self) {
+        if self.again.is_some_and(|again| Instant::now() >= again.at) {
+            let left = self.undo(PATIENCE_AGAIN).await.left;
+            tracing::info!(?left, "tried again to undo the run");
+        } else if let (true, false, Some(link)) = (self.owes_thaw(), self.held, &mut self.link)
+            && link.has_agent()
+            && link.thaw(Duration::ZERO).await
+        {
+            self.intents.freeze = FreezeIntent::None;
+        }
+    }
+
+    /// Another run begins: what is left of an earlier one is the next start's.
+    pub(super) fn forget_debts(&mut self) {
+        self.again = None;
     }
 
     async fn abort(&mut self) -> Result<Released, GuardianError> {

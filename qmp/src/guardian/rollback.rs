@@ -42,6 +42,7 @@ impl Keeper {
     fn begin_swap(&mut self, swap: &SwapAway) {
         let (stop, freeze) = (self.intents.stop, self.intents.freeze);
         self.intents = Intents { stop, freeze, ..Intents::before_swap(swap) };
+        self.forget_debts();
         self.swapped.clone_from(&swap.disks);
         self.disks.clear();
         self.hands = Hands { server_socket: Some(swap.server_socket.clone()), scratch_dir: None };

@@ -156,6 +156,8 @@ impl Server {
             self.keeper.cut(GuardianError { kind: ErrorKind::WorkerStalled, message }).await;
         } else if live == Live::Data {
             self.keeper.look().await;
+        } else {
+            self.keeper.pay_debts().await;
         }
     }
 }
