@@ -81,7 +81,8 @@ pub(crate) fn prove_root(
     options: &Options,
 ) -> Result<HashStats, EngineError> {
     let size = point.size_bytes();
-    let found = dry_run(set, size, point.block_size(), hasher, whole_disk(size), options)?;
+    let plan = set.may_hold_data(size);
+    let found = dry_run(set, size, point.block_size(), hasher, plan, options)?;
     match point.content_root() {
         expected if expected == found.root => Ok(found),
         expected => Err(EngineError::RootDiffers { expected, found: found.root }),

@@ -86,7 +86,11 @@ impl QmpCapture {
         log: IntentLog,
     ) -> Outcome<Self> {
         let failed = |e| failure(&settings.tried, e);
-        let inspection = guardian.inspect().await.map_err(failed)?;
+        let mut inspection = guardian.inspect().await.map_err(failed)?;
+        if !inspection.leftovers.is_empty() {
+            take_out_leftovers(&guardian, &inspection.leftovers, &settings).await?;
+            inspection = guardian.inspect().await.map_err(failed)?;
+        }
         let refused = |e| Failure::refused(&settings.tried, e);
         inspection.features.check().map_err(refused)?;
         let inventory = inspection.inventory;
@@ -464,6 +468,27 @@ impl QmpCapture {
         };
         on_disks.map(|bitmap| bitmap.name.clone()).filter(|name| ours(name)).collect()
     }
+}
+
+/// Undoes what runs have left of which nothing is on record any more (the state directory was lost,
+/// or was another one). Nobody else is at work here: this QEMU's one monitor is ours.
+async fn take_out_leftovers(
+    guardian: &GuardianClient,
+    runs: &[RunId],
+    settings: &Settings,
+) -> Outcome<()> {
+    for run in runs {
+        tracing::warn!(%run, "undoing what an earlier run left in QEMU");
+        let socket = settings.scratch.join(format!("icecore-{run}")).join("nbd.sock");
+        let intents = Intents::unknown(*run).with_server_asked();
+        let undone = guardian.recover(intents, Some(socket)).await;
+        let left = undone.map_err(|e| failure(&settings.tried, e))?.left;
+        if !left.is_empty() {
+            let why = format!("an earlier run left this in QEMU: {}", left.join("; "));
+            return Err(Failure::refused(&settings.tried, why));
+        }
+    }
+    Ok(())
 }
 
 /// Lets the guardian hear that this process lives, until the task is aborted: the pulse of the data

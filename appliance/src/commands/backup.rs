@@ -47,6 +47,10 @@ pub async fn run(context: &Context, args: BackupArgs) -> Outcome<u8> {
     };
     let outcome = match &vm.reach {
         Reach::Qmp { qmp, qga } => run.live(&mut job, qmp, qga.as_deref(), &args).await,
+        Reach::Images(_) if args.consistency == ConsistencyArg::Filesystem => {
+            let why = "nobody can tell whether a VM that is off left its filesystems consistent";
+            Err(Failure::failed(&tried, why).next("leave --consistency out, or boot the VM"))
+        }
         Reach::Images(images) => run.images(&mut job, images.clone()).await,
     };
     let unclean = outcome.as_ref().is_err_and(|failure| failure.unclean);

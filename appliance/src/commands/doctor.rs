@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use icecore_qmp::bitmap::{BitmapName, NamePart, Owner};
 use icecore_qmp::guardian::protocol::Inspection;
-use icecore_qmp::recover::{Intents, ServerIntent};
+use icecore_qmp::recover::Intents;
 use icecore_repository::{PointId, Repository};
 use jiff::Timestamp;
 use serde::Serialize;
@@ -114,7 +114,7 @@ async fn qemu(
         if repair {
             // Nothing else tells whether QEMU's NBD server is ours than our socket.
             let dir = context.state.root().join("scratch").join(format!("icecore-{run}"));
-            let intents = Intents { server: ServerIntent::Asked, ..Intents::unknown(*run) };
+            let intents = Intents::unknown(*run).with_server_asked();
             let undone = guardian.recover(intents, Some(dir.join("nbd.sock"))).await;
             let left = undone.map_err(|e| failure(&tried, e))?.left;
             finding.repaired = left.is_empty();

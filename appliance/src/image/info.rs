@@ -69,6 +69,9 @@ struct ChainMember {
     filename: String,
 }
 
+/// How QEMU's words about a lock begin.
+const LOCK_WORDS: &str = "Failed to get ";
+
 /// Describes the image without asking for its lock.
 pub fn info(path: &Path, format: Format) -> Outcome<ImageInfo> {
     let tried = format!("look at the image {}", path.display());
@@ -149,7 +152,7 @@ pub fn utf8<'a>(path: &'a Path, tried: &str) -> Outcome<&'a str> {
 
 /// Whether QEMU's words (and not a path within them) tell of a lock that another process holds.
 pub fn tells_of_lock(said: &str) -> bool {
-    let after = said.split("Failed to get ").skip(1);
+    let after = said.split(LOCK_WORDS).skip(1);
     after.map(|rest| rest.strip_prefix("shared ").unwrap_or(rest)).any(|rest| {
         rest.strip_prefix('"')
             .and_then(|rest| rest.split_once('"'))
@@ -159,7 +162,10 @@ pub fn tells_of_lock(said: &str) -> bool {
 
 /// The refusal of an image that another process holds.
 pub fn in_use(path: &Path, tried: &str, said: &str) -> Failure {
-    let why = format!("{} is in use by another process: {said}", path.display());
+    // What comes before is only how QEMU was told to open it.
+    let lock = said.find(LOCK_WORDS).map_or(said, |at| &said[at..]);
+    let lock = lock.split(';').next().unwrap_or(lock);
+    let why = format!("{} is in use by another process (QEMU: {lock})", path.display());
     Failure::refused(tried, why).next("name the running VM by its QMP socket, or stop it first")
 }
 

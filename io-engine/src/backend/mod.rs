@@ -21,6 +21,8 @@ use crate::control::Halt;
 use crate::error::{EngineError, Span};
 use crate::lane::Lane;
 use crate::limits::MAX_REQUEST;
+use crate::plan::{PlanItem, ReadItem};
+use crate::prove::whole_disk;
 use crate::stats::Latency;
 use crate::wire::Op;
 
@@ -86,6 +88,19 @@ impl LaneSet {
         self.engine
     }
 
+    /// The plan that reads all of a disk of `size` bytes that may be something else than zero:
+    /// what its file system knows as holes is left out, where it is asked of a file.
+    pub(crate) fn may_hold_data(&self, size: u64) -> Box<dyn Iterator<Item = PlanItem> + Send> {
+        let file = self.lanes.iter().find_map(|lane| match lane {
+            Lane::File(file) => file.try_clone().ok(),
+            Lane::Stream { .. } => None,
+        });
+        match file {
+            Some(file) => Box::new(DataOfFile { file, at: 0, size }),
+            None => Box::new(whole_disk(size)),
+        }
+    }
+
     /// Gives the lanes back, drained, for a polite end of the connections. After a failed run they
     /// are closed already and none are left.
     pub fn into_lanes(self) -> Vec<Lane> {
@@ -149,5 +164,36 @@ impl LaneSet {
             }
             None => Latency::default(),
         }
+    }
+}
+
+/// The extents of a file that are no holes, ascending.
+struct DataOfFile {
+    file: std::fs::File,
+    at: u64,
+    size: u64,
+}
+
+impl Iterator for DataOfFile {
+    type Item = PlanItem;
+
+    fn next(&mut self) -> Option<PlanItem> {
+        use rustix::fs::{SeekFrom, seek};
+        use rustix::io::Errno;
+        if self.at >= self.size {
+            return None;
+        }
+        let start = match seek(&self.file, SeekFrom::Data(self.at)) {
+            Ok(start) => start.min(self.size),
+            Err(Errno::NXIO) => self.size,
+            // A device or a file system that does not tell: all of it.
+            Err(_) => self.at,
+        };
+        if start == self.size {
+            return None;
+        }
+        let end = seek(&self.file, SeekFrom::Hole(start)).unwrap_or(self.size).min(self.size);
+        self.at = end.max(start + 1);
+        Some(Ok(ReadItem::Data(Span::new(start, self.at - start))))
     }
 }

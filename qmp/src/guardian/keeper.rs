@@ -407,19 +407,19 @@ impl Keeper {
         Ok(!exports.is_empty() && exports.iter().all(|id| OurName::parse(id).is_some()))
     }
 
-    /// Removes bitmaps of ours by name, wherever they are.
+    /// Removes bitmaps of ours by name, wherever they are. QEMU keeps one on a read-only node, as
+    /// below an external snapshot; then its file is named, too.
     async fn forget(&mut self, bitmaps: Vec<String>) -> Result<Released, GuardianError> {
         if let Some(foreign) = bitmaps.iter().find(|name| !name.starts_with(BITMAP_PREFIX)) {
             return Err(out_of_order(format!("bitmap {foreign} is not ours")));
         }
+        let seen = self.observe().await?;
         let mut left = Vec::new();
-        for seen in self.observe().await?.bitmaps {
-            if !bitmaps.contains(&seen.name) {
-                continue;
-            }
-            let remove = Call::remove_bitmap(&seen.node, &seen.name);
+        for bitmap in seen.bitmaps.iter().filter(|bitmap| bitmaps.contains(&bitmap.name)) {
+            let remove = Call::remove_bitmap(&bitmap.node, &bitmap.name);
             if let Err(error) = self.call(&remove, CALL_WAIT).await {
-                left.push(format!("bitmap {} on {}: {error}", seen.name, seen.node));
+                let file = seen.node(&bitmap.node).map_or("", |node| &node.filename);
+                left.push(format!("bitmap {} on {} ({file}): {error}", bitmap.name, bitmap.node));
             }
         }
         Ok(Released { left })
