@@ -171,12 +171,7 @@ async fn an_external_snapshot_below_the_filter_is_kept() {
     let qemu = Qemu::start(&Machine::single()).await;
     let (client, thread) = qemu.connected().await;
     qemu.capture(&client, "p1", None).await;
-    let overlay = qemu.path("overlay");
-    run("qemu-img", &["create", "-q", "-f", "qcow2", text(&overlay), "64M"]);
-    let file = json!({"driver": "file", "filename": overlay});
-    let node = json!({"driver": "qcow2", "node-name": "over", "file": file, "backing": null});
-    qemu.ask("blockdev-add", node).await;
-    qemu.ask("blockdev-snapshot", json!({"node": "disk0", "overlay": "over"})).await;
+    snapshot_over(&qemu, "disk0").await;
     let released = client.release().await.expect("released");
     assert!(released.left.is_empty(), "{released:?}");
     let disk = qemu.inventory().await.disks.remove(0);
@@ -185,6 +180,40 @@ async fn an_external_snapshot_below_the_filter_is_kept() {
     assert_eq!(qemu.seen().await.runs(), []);
     drop(client);
     ended(thread).await;
+}
+
+/// FAULTS 58: a bitmap that an external snapshot leaves on a node nobody may write to.
+#[tokio::test]
+async fn a_stray_bitmap_is_tried_and_named() {
+    let qemu = Qemu::start(&Machine::single()).await;
+    let (client, thread) = qemu.connected().await;
+    qemu.capture(&client, "p1", None).await;
+    client.release().await.expect("released");
+    snapshot_over(&qemu, "disk0").await;
+    let (file, name) = (qemu.path("disk0"), bitmap("p1", "vd0"));
+    let loose = json!({"driver": "null-co", "node-name": "loose", "size": MIB});
+    qemu.ask("blockdev-add", loose).await;
+    qemu.ask("block-dirty-bitmap-add", json!({"node": "loose", "name": name})).await;
+    let stray = client.inspect().await.expect("inspected").inventory.stray_bitmaps;
+    let names: Vec<_> = stray.iter().map(|bitmap| bitmap.name.to_string()).collect();
+    assert_eq!(names, [name.clone(), name], "one on either node");
+    let left = client.forget(names.clone()).await.expect("an answer").left;
+    let there = qemu.seen().await.bitmap("disk0", &names[0]).is_some();
+    let named = |left: &String| left.contains(&names[0]) && left.contains(text(&file));
+    assert_eq!(there, left.iter().any(named), "{left:?}");
+    assert!(qemu.seen().await.bitmap("loose", &names[0]).is_none(), "gone where it can go");
+    drop(client);
+    ended(thread).await;
+}
+
+/// As another manager would.
+async fn snapshot_over(qemu: &Qemu, disk: &str) {
+    let overlay = qemu.path("overlay");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", text(&overlay), "64M"]);
+    let file = json!({"driver": "file", "filename": overlay});
+    let node = json!({"driver": "qcow2", "node-name": "over", "file": file, "backing": null});
+    qemu.ask("blockdev-add", node).await;
+    qemu.ask("blockdev-snapshot", json!({"node": disk, "overlay": "over"})).await;
 }
 
 /// FAULTS 52: a disk that grows or shrinks while it is read; QEMU lives, nothing is left.
