@@ -123,11 +123,6 @@ impl GuardianClient {
         self.request(Request::Inspect).await
     }
 
-    /// Runs a query (`query-*`, `qom-get`, `qom-list`) for the worker.
-    pub async fn ask(&self, command: &str, arguments: Value) -> Result<Value, GuardianError> {
-        self.request(Request::Ask(command.to_owned(), arguments)).await
-    }
-
     /// Makes scratch, filters and new bitmaps; the guest notices nothing.
     pub async fn prepare(&self, prepare: Prepare) -> Result<Prepared, GuardianError> {
         self.request(Request::Prepare(prepare)).await

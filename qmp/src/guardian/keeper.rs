@@ -123,7 +123,6 @@ impl Keeper {
         match request {
             Request::Connect(to) => reply(self.connect(to).await),
             Request::Inspect => reply(self.inspect().await),
-            Request::Ask(command, arguments) => self.ask(&command, arguments).await,
             Request::Prepare(prepare) => reply(self.prepare(prepare).await),
             Request::Instant(plan) => reply(self.instant(plan).await),
             Request::Expose(expose) => reply(self.expose(expose).await),
@@ -159,17 +158,6 @@ impl Keeper {
             leftovers: seen.runs(),
             peer: link.monitor().peer(),
         })
-    }
-
-    /// A query of the worker's, for what only it knows a use for. Nothing that changes QEMU.
-    async fn ask(&mut self, command: &str, arguments: Value) -> Reply {
-        let harmless = command.starts_with("query-")
-            || ["qom-get", "qom-list", "x-debug-query-block-graph"].contains(&command);
-        if !harmless {
-            return Err(out_of_order(format!("{command} is no query")));
-        }
-        let link = self.link()?;
-        Ok(link.monitor().execute_raw(command, arguments, QUERY_WAIT).await?)
     }
 
     pub(super) fn link(&mut self) -> Result<&mut Link, GuardianError> {
@@ -441,7 +429,6 @@ fn allowed_after_cut(request: &Request) -> bool {
     matches!(
         request,
         Request::Inspect
-            | Request::Ask(..)
             | Request::Retire(_)
             | Request::DropNew
             | Request::Abort

@@ -44,7 +44,6 @@ pub struct ToWorker {
 pub enum Request {
     Connect(Connect),
     Inspect,
-    Ask(String, Value),
     Prepare(Prepare),
     Instant(InstantPlan),
     Expose(Expose),

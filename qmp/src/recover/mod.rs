@@ -228,13 +228,6 @@ impl Intents {
         self
     }
 
-    /// To be on record before a commit is tried.
-    #[must_use]
-    pub fn with_commit_unknown(mut self) -> Self {
-        self.commit = CommitState::Unknown;
-        self
-    }
-
     /// To be on record before the drives of a held guest are swapped away.
     pub fn before_swap(swap: &SwapAway) -> Self {
         let intent = |disk: &SwapDisk| DiskIntent {
