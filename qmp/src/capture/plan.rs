@@ -154,7 +154,8 @@ fn dirty_bytes_min(ranges: &[Range<u64>], size_bytes: u64, granularity: Granular
         granules += end.saturating_sub(first.max(counted));
         counted = counted.max(end);
     }
-    let short_last = !size_bytes.is_multiple_of(granule) && counted.saturating_mul(granule) > size_bytes;
+    let short_last =
+        !size_bytes.is_multiple_of(granule) && counted.saturating_mul(granule) > size_bytes;
     granules.saturating_mul(granule) - if short_last { granule - 1 } else { 0 }
 }
 
