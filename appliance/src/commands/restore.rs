@@ -12,7 +12,7 @@ use crate::cli::OK;
 use crate::cli::args::{FormatArg, RestoreArgs, VerifyRestoreArg};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
-use crate::image::Format;
+use crate::image::{self, Format};
 use crate::interrupt::Interrupt;
 use crate::job::Job;
 use crate::names::human_bytes;
@@ -114,6 +114,7 @@ fn checked_targets(args: &RestoreArgs, disks: &[&PointDisk]) -> Outcome<Vec<Targ
     for target in &mut targets {
         if let Target::File { path, .. } | Target::Device { path } = target {
             *path = absolute(path, "restore")?;
+            image::utf8(path, "restore")?;
         }
     }
     Ok(targets)

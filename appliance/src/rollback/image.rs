@@ -218,6 +218,10 @@ impl Rollback<'_> {
             return Err(Failure::failed(self.tried, why));
         }
         let block = u64::from(self.repository.block_size().bytes());
+        if served < wanted {
+            // Only a dry run comes here: it cannot read what is yet to be there.
+            return Ok(vec![BlockRange { first: 0, count: wanted.div_ceil(block) }]);
+        }
         let dirty = match (&image.known, bitmap) {
             (Some(known), Some(name)) => {
                 let size = image.disk.seen.size_bytes;
