@@ -1,6 +1,7 @@
-//! Project commands: `cargo xtask demo`, `test`, `ci`, `fuzz-smoke`, `setup`.
+//! Project commands: `cargo xtask demo`, `test`, `bench`, `ci`, `fuzz-smoke`, `setup`.
 
 mod apt;
+mod bench;
 mod ci;
 mod demo;
 mod fuzz;
@@ -26,6 +27,9 @@ enum Task {
     Demo(demo::Demo),
     /// Install what is needed and run every test, those on real QEMU included
     Test(suite::Suite),
+    Bench(bench::Options),
+    #[command(hide = true)]
+    BenchMap(bench::MapClient),
     /// Format, lints, licences, tests
     Ci,
     /// Run every fuzz target over its checked-in inputs
@@ -52,6 +56,8 @@ fn run(task: Task) -> Result<()> {
     match task {
         Task::Demo(demo) => demo.run(),
         Task::Test(suite) => suite.run(),
+        Task::Bench(bench) => bench.run(),
+        Task::BenchMap(client) => client.run(),
         Task::Ci => ci::run(),
         Task::FuzzSmoke => fuzz::smoke(),
         Task::Setup { long } => setup::run(long),
