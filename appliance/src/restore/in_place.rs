@@ -10,7 +10,7 @@ use icecore_nbd_client::{ExportInfo, Uri};
 use icecore_repository::DiskReader;
 
 use super::Restore;
-use crate::failure::{Failure, Outcome};
+use crate::failure::{Failure, Outcome, Status};
 use crate::image::{Format, RunDir, Served, StorageDaemon, require_unlocked};
 use crate::nbd::{self, Peer};
 
@@ -98,10 +98,12 @@ impl Restore<'_> {
         };
         let target = nbd::target_lanes(peer, accept, tried).await?;
         let ran = self.run(reader, target.lanes, TargetState::Unknown, tried).await;
-        ran.map_err(|failure| Broken {
-            failure,
-            wrote: target.wrote.load(Ordering::Relaxed),
-            several: target.several,
+        ran.map_err(|mut failure| {
+            let wrote = target.wrote.load(Ordering::Relaxed);
+            if wrote && failure.status == Status::Interrupted {
+                failure.why = "interrupted; what was there before is lost".into();
+            }
+            Broken { failure, wrote, several: target.several }
         })
     }
 }
