@@ -57,6 +57,8 @@ pub fn rows(
         .map(|point| PointRow::committed(point, protected.contains(&point.id)))
         .collect();
     mark_restoring(context, &mut rows);
+    let damaged = repository.damaged_points().map_err(failed)?;
+    rows.extend(damaged.into_iter().map(|(id, damage)| PointRow::damaged(&id, &damage)));
     let committed: HashSet<String> = rows.iter().filter_map(|row| row.point.clone()).collect();
     let id = repository.id().to_string();
     let not_committed = uncommitted(context, Some(&id)).into_iter().filter(|row| {

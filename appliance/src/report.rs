@@ -1,6 +1,6 @@
 //! The JSON that commands print; the names are a contract.
 
-use icecore_repository::{Consistency, DiskMode, Point, PointDisk};
+use icecore_repository::{Consistency, Damage, DiskMode, Point, PointDisk, PointId};
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -113,6 +113,34 @@ impl PointRow {
             failure_reason: None,
             disks: point.disks.iter().map(|disk| disk_row(point, disk)).collect(),
             protected,
+            job: None,
+        }
+    }
+}
+
+impl PointRow {
+    /// The row of a point whose manifest cannot be read: its id tells when it was made.
+    pub fn damaged(id: &PointId, damage: &Damage) -> Self {
+        let millis = i64::try_from(id.millis()).ok();
+        let created_at = millis.and_then(|millis| Timestamp::from_millisecond(millis).ok());
+        Self {
+            point: Some(id.to_string()),
+            label: None,
+            vm: None,
+            chain: None,
+            parent: None,
+            status: "error",
+            created_at: created_at.unwrap_or(Timestamp::UNIX_EPOCH),
+            captured_at: None,
+            description: None,
+            consistency: None,
+            size_bytes: 0,
+            new_bytes: 0,
+            stored_bytes: 0,
+            object_count: 0,
+            failure_reason: Some(damage.to_string()),
+            disks: Vec::new(),
+            protected: false,
             job: None,
         }
     }

@@ -86,7 +86,9 @@ impl Repository {
     }
 
     fn must_be_there(&self, id: &PointId) -> Result<()> {
-        let there = self.inner.store.exists(&names::manifest(id)?)?;
+        // A receipt alone is what is left of a point whose manifest has vanished.
+        let there = self.inner.store.exists(&names::manifest(id)?)?
+            || self.inner.store.exists(&names::receipt(id)?)?;
         if there && !self.inner.coordination.standing()?.is_deleted(id) {
             return Ok(());
         }

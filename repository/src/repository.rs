@@ -9,7 +9,7 @@ use crate::cache::Cache;
 use crate::catalog::Catalog;
 use crate::config::{CONFIG_BYTES_MAX, Config};
 use crate::decoder::TocCache;
-use crate::error::{Error, Result};
+use crate::error::{Damage, Error, Result};
 use crate::geometry::BlockSize;
 use crate::ids::{ChainId, DiskId, PointId, RepositoryId, VmName};
 use crate::manifest::{self, MANIFEST_BYTES_MAX};
@@ -228,9 +228,7 @@ impl Repository {
     /// # Errors
     /// The store's.
     pub fn points(&self) -> Result<Vec<Point>> {
-        let listed = self.inner.store.list(names::POINTS)?;
-        let ids: BTreeSet<PointId> =
-            listed.iter().filter_map(|entry| entry.name.last_part().parse().ok()).collect();
+        let ids = self.point_ids(names::POINTS)?;
         // After the listing, never before: what this shows was shown to a revoking gc too.
         let standing = self.inner.coordination.standing()?;
         let mut points = self.inner.catalog.points(&self.inner, &ids)?;
@@ -245,7 +243,12 @@ impl Repository {
     pub fn point(&self, id: &PointId) -> Result<Point> {
         let absent = || Error::NotFound { what: format!("point {id}") };
         let bytes = match self.inner.manifest_bytes(id) {
-            Err(Error::Store(error)) if error.is_not_found() => return Err(absent()),
+            Err(Error::Store(error)) if error.is_not_found() => {
+                // What has a receipt and no tombstone was a point, and its manifest has vanished.
+                let vanished = self.inner.store.exists(&names::receipt(id)?)?
+                    && !self.inner.coordination.standing()?.is_deleted(id);
+                return Err(if vanished { error.into() } else { absent() });
+            }
             other => other?,
         };
         let point = self.inner.decode_manifest(id, &bytes)?.0;
@@ -288,8 +291,50 @@ impl Repository {
     pub fn resolve(&self, spec: &str, vm: Option<&VmName>) -> Result<PointId> {
         let points = self.points()?;
         let of_vm = |point: &&Point| vm.is_none_or(|vm| vm == &point.vm);
-        let ids: Vec<&PointId> = points.iter().filter(of_vm).map(|point| &point.id).collect();
-        resolve::point(spec, &ids)
+        let mut ids: Vec<PointId> =
+            points.iter().filter(of_vm).map(|point| point.id.clone()).collect();
+        // A damaged point does not say whose it is. It counts, so that the one before it is never
+        // quietly taken for the newest.
+        ids.extend(self.damaged_points()?.into_iter().map(|(id, _)| id));
+        ids.sort_unstable();
+        resolve::point(spec, &ids.iter().collect::<Vec<_>>())
+    }
+
+    /// Points that were committed and not deleted, and whose manifests cannot be read any more.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn damaged_points(&self) -> Result<Vec<(PointId, Damage)>> {
+        let manifests = self.point_ids(names::POINTS)?;
+        let receipts = self.point_ids(names::RECEIPTS)?;
+        let known: BTreeSet<PointId> = self.points()?.into_iter().map(|point| point.id).collect();
+        let standing = self.inner.coordination.standing()?;
+        let mut damaged = Vec::new();
+        for id in manifests.union(&receipts).filter(|id| !known.contains(*id)) {
+            if standing.is_deleted(id) {
+                continue;
+            }
+            let read = self
+                .inner
+                .manifest_bytes(id)
+                .and_then(|bytes| self.inner.decode_manifest(id, &bytes).map(drop));
+            match read {
+                // Whole, but of a writer that was given up: no point of any reader.
+                Ok(()) => {}
+                // Without a receipt it was removed between two looks.
+                Err(Error::Store(error)) if error.is_not_found() && !receipts.contains(id) => {}
+                Err(error) => match error.damage() {
+                    Some(damage) => damaged.push((id.clone(), damage)),
+                    None => return Err(error),
+                },
+            }
+        }
+        Ok(damaged)
+    }
+
+    fn point_ids(&self, prefix: &str) -> Result<BTreeSet<PointId>> {
+        let listed = self.inner.store.list(prefix)?;
+        Ok(listed.iter().filter_map(|entry| entry.name.last_part().parse().ok()).collect())
     }
 
     /// The newest point of a VM (and chain) that holds a disk: the parent of its next delta.

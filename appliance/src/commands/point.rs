@@ -24,6 +24,13 @@ pub fn run(context: &Context, command: PointCommand) -> Outcome<u8> {
     }
 }
 
+/// The id of the point that the user means, damaged or not.
+fn find_id(repository: &Repository, args: &PointArgs, tried: &str) -> Outcome<PointId> {
+    let vm = args.vm.as_deref().map(VmName::new).transpose();
+    let vm = vm.map_err(|e| Failure::usage(tried, e))?;
+    repository.resolve(&args.point, vm.as_ref()).map_err(|e| Failure::from_repository(tried, e))
+}
+
 /// Finds the point that the user means.
 pub fn find(repository: &Repository, spec: &str, vm: Option<&str>, tried: &str) -> Outcome<Point> {
     let vm = vm.map(VmName::new).transpose().map_err(|e| Failure::usage(tried, e))?;
@@ -99,11 +106,11 @@ fn show_uncommitted(context: &Context, spec: &str, not_found: Failure) -> Outcom
 fn delete(context: &Context, args: &PointArgs, with_descendants: bool) -> Outcome<u8> {
     let tried = format!("delete point {}", args.point);
     let repository = context.open(&args.repo.repo)?;
-    let point = find(&repository, &args.point, args.vm.as_deref(), &tried)?;
+    let point = find_id(&repository, args, &tried)?;
     let deleted: Vec<PointId> = if with_descendants {
-        repository.delete_with_descendants(&point.id)
+        repository.delete_with_descendants(&point)
     } else {
-        repository.delete_point(&point.id).map(|()| vec![point.id.clone()])
+        repository.delete_point(&point).map(|()| vec![point.clone()])
     }
     .map_err(|e| Failure::from_repository(&tried, e))?;
     report_deleted(context, &deleted)
