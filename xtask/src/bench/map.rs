@@ -87,11 +87,12 @@ impl Wide {
         captured(fio.arg(format!("--uri={uri}")).current_dir(lab.path("")))?;
         self.vm.execute("block-dirty-bitmap-disable", json!({ "node": NODE, "name": NODE }))?;
         self.vm.execute("block-export-del", json!({ "id": "write", "mode": "hard" }))?;
-        self.export("map", false)?;
         let name = self.recording()?;
         let from = json!([{ "node": NODE, "name": NODE }]);
         let merge = json!({ "node": "disk", "target": name, "bitmaps": from });
-        self.vm.execute("block-dirty-bitmap-merge", merge).map(drop)
+        self.vm.execute("block-dirty-bitmap-merge", merge)?;
+        // Only now: a bitmap that is exported is in use.
+        self.export("map", false)
     }
 
     fn export(&mut self, id: &str, writable: bool) -> Result<()> {
