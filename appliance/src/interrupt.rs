@@ -13,6 +13,13 @@ pub struct Interrupt {
     flag: Arc<AtomicBool>,
 }
 
+/// Lets a write past RLIMIT_FSIZE fail with an error instead of ending the process by a signal.
+pub fn survive_file_size_limit() -> Outcome<()> {
+    let kind = SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw());
+    // Having asked for it once is enough; nobody needs to be told.
+    signal(kind).map(drop).map_err(|e| Failure::failed("listen for signals", e))
+}
+
 impl Interrupt {
     /// Listens for SIGINT, SIGTERM and SIGHUP from now on.
     pub fn listen() -> Outcome<Self> {

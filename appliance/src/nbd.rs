@@ -73,8 +73,7 @@ impl Drop for HangUp {
         let mut rubbish = [0u8; 64 << 10];
         while let Ok((1.., _)) =
             rustix::net::recv(&self.0, &mut rubbish[..], rustix::net::RecvFlags::DONTWAIT)
-        {
-        }
+        {}
     }
 }
 

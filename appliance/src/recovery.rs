@@ -68,14 +68,15 @@ async fn recover(
     own: Option<&Path>,
 ) -> Outcome<Option<Recovered>> {
     let tried = format!("recover job {}", found.job);
-    let Ok(_lock) = Lock::take(&context.state, &LockKey::job(&found.job), &found.job, &tried) else {
+    let Ok(_lock) = Lock::take(&context.state, &LockKey::job(&found.job), &found.job, &tried)
+    else {
         return Ok(None);
     };
     // Whoever held the lock may have dealt with it.
     let now = jobs::all(&context.state).into_iter().find(|record| record.job == found.job);
     let Some(mut record) = now.filter(|record| !record.status.is_final()) else { return Ok(None) };
     let job = record.job.to_string();
-    let writing = was_writing(context, &record);
+    let writing = !record.writing.is_empty() || was_writing(context, &record);
     let left = match record.qmp.clone() {
         Some(qmp) => recover_qemu(context, &record, &qmp, own, &tried).await?,
         None => Vec::new(),
@@ -114,8 +115,8 @@ fn was_writing(context: &Context, record: &JobRecord) -> bool {
 /// What the record of a dead run says.
 fn reason(writing: bool) -> String {
     if writing {
-        "the rollback was cut off after its first write, and the VM stays stopped: run it again to \
-         finish it, or roll back to its safety point"
+        "the rollback was cut off after its first write: do not start the VM; run the rollback again \
+         to finish it, or roll back to its safety point"
             .into()
     } else {
         "the run ended without a word: killed, or the host went down".into()

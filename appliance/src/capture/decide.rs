@@ -59,12 +59,7 @@ pub fn decide(level: Level, disk: &SeenDisk, parent: Option<&Point>, damaged: bo
             None => ParentState::Corrupt,
         },
     };
-    let expected = Expectation {
-        parent: state,
-        whole_requested: false,
-        restored_since: false,
-        contradicted: false,
-    };
+    let expected = Expectation { parent: state };
     let identity = match &expected.parent {
         ParentState::Found(parent) => disk.identity_beside(&parent.identity),
         _ => &disk.identity,

@@ -90,7 +90,7 @@ pub async fn test(
 
 /// The disk and its bitmap, to be asked about small ranges.
 enum Witness<'a> {
-    Export { control: Questions, bitmap: &'a str },
+    Export { control: Box<Questions>, bitmap: &'a str },
     Pushed { spool: &'a Spool, dirty: &'a [Range<u64>] },
 }
 
@@ -99,7 +99,7 @@ impl<'a> Witness<'a> {
         match (&readable.data, map) {
             (Data::Export(uri), DirtyMap::Export { bitmap }) => {
                 let control = nbd::control(uri, Some(bitmap), tried).await?;
-                Ok(Self::Export { control, bitmap })
+                Ok(Self::Export { control: Box::new(control), bitmap })
             }
             (Data::Spool(spool), DirtyMap::Listed(dirty)) => Ok(Self::Pushed { spool, dirty }),
             _ => Err(Failure::failed(tried, "the bitmap is not where the data are")),

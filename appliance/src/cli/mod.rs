@@ -14,6 +14,7 @@ pub use vm_args::VmArgs;
 
 use crate::context::Context;
 use crate::failure::{Failure, Outcome, Status};
+use crate::interrupt::survive_file_size_limit;
 use crate::{commands, guardian_process};
 use args::{Cli, Command};
 
@@ -42,7 +43,10 @@ fn run_command(cli: Cli) -> Outcome<u8> {
         .enable_all()
         .build()
         .map_err(|e| Failure::failed("start icecore", e))?;
-    runtime.block_on(dispatch(&context, cli.command))
+    runtime.block_on(async {
+        survive_file_size_limit()?;
+        dispatch(&context, cli.command).await
+    })
 }
 
 async fn dispatch(context: &Context, command: Command) -> Outcome<u8> {

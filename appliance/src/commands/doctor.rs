@@ -46,12 +46,11 @@ pub async fn run(context: &Context, args: DoctorArgs) -> Outcome<u8> {
     let mut findings = dead_runs(context, own, args.repair).await;
     let repository =
         args.repo.repo.as_deref().map(|repo| context.open_read_only(repo)).transpose()?;
-    if let Some(vm) = &vm {
-        if let Reach::Qmp { qmp, qga } = &vm.reach {
-            let found =
-                qemu(context, vm, qmp, qga.clone(), repository.as_ref(), args.repair).await?;
-            findings.extend(found);
-        }
+    if let Some(vm) = &vm
+        && let Reach::Qmp { qmp, qga } = &vm.reach
+    {
+        let repository = repository.as_ref();
+        findings.extend(qemu(context, vm, qmp, qga.clone(), repository, args.repair).await?);
     }
     findings.extend(scratch(context, args.repair));
     let ok = findings.iter().all(|finding| finding.repaired);

@@ -288,8 +288,10 @@ async fn release(context: &Context, args: &VmArgs) -> Outcome<u8> {
         Reach::Qmp { qmp, qga } => {
             let guardian = target::guard(context, qmp, qga.clone(), &tried).await?;
             let seen = guardian.inspect().await.map_err(|e| failure(&tried, e))?;
-            let all = seen.inventory.disks.iter().flat_map(|disk| &disk.bitmaps);
-            let ours: Vec<String> = all.map(|b| b.name.clone()).filter(|n| is_ours(n)).collect();
+            let on_disks = seen.inventory.disks.iter().flat_map(|disk| &disk.bitmaps);
+            let stray = seen.inventory.stray_bitmaps.iter().map(|stray| stray.name.to_string());
+            let names = on_disks.map(|bitmap| bitmap.name.clone()).chain(stray);
+            let ours: Vec<String> = names.filter(|name| is_ours(name)).collect();
             let left = guardian.forget(ours.clone()).await.map_err(|e| failure(&tried, e))?.left;
             if !left.is_empty() {
                 return Err(Failure::failed(tried, format!("left in QEMU: {}", left.join("; "))));

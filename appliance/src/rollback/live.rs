@@ -36,7 +36,11 @@ struct Held<'a> {
 
 impl Rollback<'_> {
     /// Rolls the VM behind the guardian back.
-    pub async fn live(&mut self, live: Live, safety: crate::backup::Request) -> Outcome<RolledBack> {
+    pub async fn live(
+        &mut self,
+        live: Live,
+        safety: crate::backup::Request,
+    ) -> Outcome<RolledBack> {
         let Live { guardian, run, scratch, settings } = live;
         let log = IntentLog::create(&self.context.state, self.job.id())?;
         let mut capture = QmpCapture::open(guardian.clone(), settings, log).await?;

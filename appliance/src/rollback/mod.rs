@@ -178,9 +178,11 @@ impl Rollback<'_> {
         let activity = self.job.activity();
         options.control.pulse = activity.pulse.clone();
         let hasher = self.repository.hasher();
-        crate::data::watched(&activity, move || ranges::compared(&mut set, &wanted, hasher, &options))
-            .await
-            .map_err(|e| crate::restore::failure(self.tried, e))
+        crate::data::watched(&activity, move || {
+            ranges::compared(&mut set, &wanted, hasher, &options)
+        })
+        .await
+        .map_err(|e| crate::restore::failure(self.tried, e))
     }
 
     fn note_safety_point(&mut self, report: &BackupReport, done: &mut RolledBack) {

@@ -38,12 +38,6 @@ pub enum ParentState {
 pub struct Expectation {
     /// The disk's parent.
     pub parent: ParentState,
-    /// The operator asked for a whole read.
-    pub whole_requested: bool,
-    /// The disk was written by a restore or a rollback that its bitmap did not see.
-    pub restored_since: bool,
-    /// A contradiction was found on this disk and no whole read has cured it yet.
-    pub contradicted: bool,
 }
 
 /// The disk as QEMU shows it now.
@@ -172,9 +166,6 @@ fn trusted(expected: &Expectation, observed: Observation<'_>) -> Result<(BitmapN
         ParentState::Found(parent) => parent,
     };
     let doubts = [
-        (expected.whole_requested, Doubt::Requested),
-        (expected.restored_since, Doubt::AfterRestore),
-        (expected.contradicted, Doubt::Contradiction),
         (parent.identity != *observed.identity, Doubt::DiskReplaced),
         (observed.size_bytes < parent.size_bytes, Doubt::SizeChanged),
     ];

@@ -379,7 +379,7 @@ impl Keeper {
     ) -> Result<Released, GuardianError> {
         // The scratch directory of another run is asked of QEMU.
         let hands = Hands { server_socket, scratch_dir: None };
-        let orphaned = intents.server != ServerIntent::None && self.serves_only_ours().await?;
+        let orphaned = intents.server != ServerIntent::None && self.serves_only_ours().await;
         let released = self.recover_run(&mut intents, &hands).await?;
         if orphaned && released.left.is_empty() {
             // Its socket may be gone with the directory that held it. One that was stopped already
@@ -390,9 +390,11 @@ impl Keeper {
     }
 
     /// Whether QEMU's NBD server has exports of ours and of nobody else: then it is ours.
-    async fn serves_only_ours(&mut self) -> Result<bool, GuardianError> {
-        let exports = self.observe().await?.exports;
-        Ok(!exports.is_empty() && exports.iter().all(|id| OurName::parse(id).is_some()))
+    async fn serves_only_ours(&mut self) -> bool {
+        // A QEMU that does not answer yet is asked again while it is undone.
+        let Ok(seen) = self.observe().await else { return false };
+        let ours = |id: &String| OurName::parse(id).is_some();
+        !seen.exports.is_empty() && seen.exports.iter().all(ours)
     }
 
     /// Removes bitmaps of ours by name, wherever they are. QEMU keeps one on a read-only node, as

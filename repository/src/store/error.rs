@@ -32,7 +32,7 @@ impl StoreErrorKind {
             Self::NotFound => "run `icecore check` to see which points need it",
             Self::AlreadyExists => "another writer was first; start the operation again",
             Self::NoSpace => {
-                "free space with `icecore prune` and `icecore gc`, or enlarge the disk"
+                "free space with `icecore point delete` and `icecore gc`, or enlarge the disk"
             }
             Self::ReadOnly => "use a writable repository for this operation",
             Self::Permission => "run as the user who owns the repository, or correct its modes",

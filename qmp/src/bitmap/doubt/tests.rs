@@ -33,7 +33,7 @@ fn parent() -> ParentDisk {
 }
 
 fn expect(parent: ParentState) -> Expectation {
-    Expectation { parent, whole_requested: false, restored_since: false, contradicted: false }
+    Expectation { parent }
 }
 
 fn judge(expected: &Expectation, bitmaps: &[Bitmap], size_bytes: u64, identity: &str) -> Verdict {
@@ -68,9 +68,6 @@ fn every_doubt_has_its_reason() {
     assert_eq!(doubt_of(|_, b| b.busy = true), inconsistent(Flaw::Busy));
     assert_eq!(doubt_of(|_, b| b.granularity_bytes = 4096), Doubt::GranularityChanged);
     assert_eq!(doubt_of(|_, b| b.name.push('x')), Doubt::BitmapMissing);
-    assert_eq!(doubt_of(|e, _| e.whole_requested = true), Doubt::Requested);
-    assert_eq!(doubt_of(|e, _| e.restored_since = true), Doubt::AfterRestore);
-    assert_eq!(doubt_of(|e, _| e.contradicted = true), Doubt::Contradiction);
     assert_eq!(doubt_of(|e, _| e.parent = ParentState::None), Doubt::FirstPoint);
     assert_eq!(doubt_of(|e, _| e.parent = ParentState::Missing), Doubt::ParentMissing);
     assert_eq!(doubt_of(|e, _| e.parent = ParentState::Corrupt), Doubt::ParentCorrupt);
@@ -122,10 +119,9 @@ proptest! {
     /// Incremental exactly when every condition of trust holds, written out independently.
     #[test]
     fn trust_needs_every_condition(
-        parent in any_parent(), whole_requested in rare(), restored_since in rare(),
-        contradicted in rare(), bitmaps in prop::collection::vec(any_bitmap(), 0..3),
+        parent in any_parent(), bitmaps in prop::collection::vec(any_bitmap(), 0..3),
     ) {
-        let expected = Expectation { parent, whole_requested, restored_since, contradicted };
+        let expected = Expectation { parent };
         let found = judge(&expected, &bitmaps, SIZE, "id=vda");
         let usable = |b: &&Bitmap| b.name == name("p1").to_string();
         let good = |b: &Bitmap| {
@@ -135,8 +131,7 @@ proptest! {
             ParentState::Found(parent) => parent.bitmap.is_some()
                 && parent.size_bytes <= SIZE
                 && parent.identity.0 == "id=vda"
-                && bitmaps.iter().find(usable).is_some_and(good)
-                && !whole_requested && !restored_since && !contradicted,
+                && bitmaps.iter().find(usable).is_some_and(good),
             _ => false,
         };
         prop_assert_eq!(matches!(found, Verdict::Incremental { .. }), trusted, "{:?}", found);
