@@ -26,8 +26,16 @@ pub const ROWS: [&str; 12] = [
     FULL_RESTIC,
 ];
 
-/// All rows, once.
-pub fn round(bench: &mut Bench) {
+/// All rows, in each round.
+pub fn rounds(bench: &mut Bench, rounds: u32) {
+    let libvirt = bench
+        .wants([FULL_VIRT, FULL_VIRT_LZ4])
+        .then(|| bench.prepare("full: virtnbdbackup", |lab| Libvirt::start(lab, &lab.qcow2)));
+    let libvirt = libvirt.flatten();
+    (0..rounds).for_each(|_| round(bench, libvirt.as_ref()));
+}
+
+fn round(bench: &mut Bench, libvirt: Option<&Libvirt>) {
     bench.row(YARDSTICK, |lab| {
         let server = NbdServer::start(&lab.qcow2, lab.path("nbd.sock"), false)?;
         let command = peers::read_all(&server.uri());
@@ -38,10 +46,10 @@ pub fn round(bench: &mut Bench) {
     bench.row(FULL_THREADS, |lab| image(lab, &["--io-engine", "threads"]));
     bench.row(FULL_URING, |lab| image(lab, &["--io-engine", "uring"]));
     bench.row(FULL_LIVE, live);
-    others(bench);
+    others(bench, libvirt);
 }
 
-fn others(bench: &mut Bench) {
+fn others(bench: &mut Bench, libvirt: Option<&Libvirt>) {
     bench.row(FULL_ZSTD, |lab| {
         let out = lab.fresh("zstd")?;
         let server = NbdServer::start(&lab.qcow2, lab.path("nbd.sock"), false)?;
@@ -53,8 +61,9 @@ fn others(bench: &mut Bench) {
         let command = peers::convert(&lab.qcow2, &out.join("disk.qcow2"));
         lab.measure(command, Children::Client, None, Some(&out))
     });
-    for (name, compress) in [(FULL_VIRT, false), (FULL_VIRT_LZ4, true)] {
-        bench.row(name, |lab| Libvirt::start(lab, &lab.qcow2)?.copy(lab, compress));
+    if let Some(libvirt) = libvirt {
+        bench.row(FULL_VIRT, |lab| libvirt.copy(lab, false));
+        bench.row(FULL_VIRT_LZ4, |lab| libvirt.copy(lab, true));
     }
     bench.row(FULL_BORG, |lab| {
         peers::borg_init(lab)?;

@@ -5,6 +5,7 @@
 //! timed without being made durable where the tool can do that.
 
 mod dirty;
+mod durability;
 mod files;
 mod full;
 mod goals;
@@ -126,14 +127,16 @@ impl Options {
         let lab = Lab::new(self.size, self.data)?;
         let mut bench = Bench { lab, table: Table::default(), only: self.only.clone() };
         let load = std::fs::read_to_string("/proc/loadavg")?;
+        let durable = durability::prove(&bench.lab);
         bench.measure(self.rounds)?;
         let goals = goals::verdicts(&bench.table, self.size, self.data);
-        println!("{}", bench.table);
+        let durable = durable.unwrap_or_else(|error| format!("DURABILITY NOT PROVEN: {error}"));
+        println!("{durable}\n\n{}", bench.table);
         println!("| goal | must | aim | found | |\n|---|---|---|---|---|\n{}", goals.join("\n"));
         if let Some(path) = &self.json {
             let document = json!({
                 "size": self.size, "data": self.data, "rounds": self.rounds,
-                "machine": machine(), "load_before": load.trim(),
+                "machine": machine(), "load_before": load.trim(), "durability": durable,
                 "table": bench.table.json(), "goals": goals,
             });
             std::fs::write(path, format!("{document:#}\n"))?;
@@ -149,7 +152,7 @@ impl Bench {
             let mut cat = program("sh");
             cat.args(["-c", "cat \"$@\" >/dev/null", "sh"]).arg(&self.lab.raw);
             captured(cat.arg(&self.lab.qcow2))?;
-            (0..rounds).for_each(|_| full::round(self));
+            full::rounds(self, rounds);
         }
         if self.wants(restore::ROWS)
             && let Some(repository) = restore::prepare(self)
