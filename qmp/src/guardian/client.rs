@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -25,6 +26,11 @@ use super::spawn;
 use crate::capture::names::DiskIndex;
 use crate::capture::plan::Base;
 use crate::recover::Intents;
+
+/// Longest wait for an answer: a guardian that undoes a run on a QEMU that hangs gives up after
+/// some twenty seconds, and a freeze has a deadline of seconds. One that says nothing for this long
+/// is stopped itself.
+const ANSWER_WAIT: Duration = Duration::from_secs(180);
 
 /// `None` once the guardian is gone.
 type Waiting = Arc<Mutex<Option<HashMap<u64, Answer>>>>;
@@ -102,7 +108,17 @@ impl GuardianClient {
         let (answer, answered) = oneshot::channel();
         locked(&self.waiting).as_mut().ok_or_else(gone)?.insert(id, answer);
         self.lines.send(line).map_err(|_| gone())?;
-        let value = answered.await.map_err(|_| gone())??;
+        let Ok(answer) = tokio::time::timeout(ANSWER_WAIT, answered).await else {
+            return Err(GuardianError {
+                kind: ErrorKind::GuardianGone,
+                message: format!(
+                    "the guardian of this run has not answered for {} s; the next start looks \
+                     after what it leaves",
+                    ANSWER_WAIT.as_secs()
+                ),
+            });
+        };
+        let value = answer.map_err(|_| gone())??;
         serde_json::from_value(value).map_err(|error| GuardianError {
             kind: ErrorKind::OutOfOrder,
             message: format!("the guardian speaks another version: {error}"),
