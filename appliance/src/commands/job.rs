@@ -41,7 +41,7 @@ fn list(context: &Context) -> Outcome<u8> {
 fn show(context: &Context, job: &str) -> Outcome<u8> {
     let record = jobs::all(&context.state).into_iter().find(|record| record.job.as_str() == job);
     let Some(record) = record else {
-        return Err(Failure::failed(format!("show job {job}"), "this host has no such job")
+        return Err(Failure::usage(format!("show job {job}"), "this host has no such job")
             .next("see 'icecore job list'"));
     };
     // A record is for reading as it is: its JSON is its table.

@@ -41,13 +41,16 @@ struct VmRow {
 }
 
 fn list(context: &Context, repo: Option<&str>) -> Outcome<u8> {
-    let points = match repo {
-        Some(repo) => context
-            .open_read_only(repo)?
-            .points()
-            .map_err(|e| Failure::from_repository("list VMs", e))?,
-        None => Vec::new(),
+    let named: Vec<&str> = match repo {
+        Some(repo) => vec![repo],
+        None => context.config.repository.keys().map(String::as_str).collect(),
     };
+    let mut points = Vec::new();
+    for repo in named {
+        let repository = context.open_read_only(repo)?;
+        points.extend(repository.points().map_err(|e| Failure::from_repository("list VMs", e))?);
+    }
+    points.sort_by(|a, b| a.id.cmp(&b.id));
     let mut of_vm: BTreeMap<String, Vec<&Point>> = BTreeMap::new();
     for name in context.config.vm.keys() {
         of_vm.entry(name.clone()).or_default();

@@ -13,7 +13,7 @@ use super::{JobId, State};
 use crate::failure::{Failure, Outcome};
 
 /// A guardian needs seconds to take its graph out; after this long something is wrong with it.
-const GUARDIAN_WAIT_MAX: Duration = Duration::from_secs(60);
+const GUARDIAN_WAIT_MAX: Duration = Duration::from_secs(25);
 /// How often a lock that is waited for is tried.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 

@@ -179,13 +179,30 @@ async fn apply(link: &mut Link, intents: &mut Intents, effect: &Effect) -> Resul
         other => command(other),
     };
     let Some(call) = call else { return Ok(()) };
-    link.call(&call, CALL_WAIT).await?;
+    match (link.call(&call, CALL_WAIT).await, effect) {
+        (Ok(_), _) => {}
+        // It went below an external snapshot: no second try will help, and it records nothing there.
+        (Err(QmpError::Refused { desc, .. }), Effect::RemoveBitmap { node, name })
+            if desc.contains("readonly") =>
+        {
+            tracing::warn!(node, name, "a bitmap stays on a read-only node: {desc}");
+            forget_bitmap(intents, name);
+        }
+        (Err(error), _) => return Err(error),
+    }
     match effect {
         Effect::Cont => intents.stop = StopIntent::None,
         Effect::StopServer => intents.server = ServerIntent::None,
         _ => {}
     }
     Ok(())
+}
+
+fn forget_bitmap(intents: &mut Intents, name: &str) {
+    for disk in &mut intents.disks {
+        disk.old_bitmaps.retain(|old| old != name);
+        disk.new_bitmap = disk.new_bitmap.take().filter(|new| new != name);
+    }
 }
 
 fn command(effect: &Effect) -> Option<Call> {
