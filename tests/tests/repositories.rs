@@ -3,11 +3,14 @@
 use icecore_tests::{Disk, Fs, Icecore, MIB, Result, TestVm, VmSpec, of_disk, require_mode, text};
 
 fn vm() -> Result<TestVm> {
-    VmSpec::new("shared")
+    let vm = VmSpec::new("shared")
         .disk(Disk::new("d0", 96 * MIB).fs(Fs::Ext4))
         .disk(Disk::new("d1", 96 * MIB).fs(Fs::Xfs))
         .writer(&["d0", "d1"])
-        .boot()
+        .boot()?;
+    // A first point from before the first line would have nothing to check.
+    vm.wait_writer(2)?;
+    Ok(vm)
 }
 
 #[test]
