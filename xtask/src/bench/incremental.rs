@@ -25,6 +25,11 @@ pub fn rows() -> Vec<String> {
     CHANGES.into_iter().flat_map(points).chain([ROLLBACK.to_owned()]).collect()
 }
 
+/// Whether a row of this tool is asked for.
+fn wanted(bench: &Bench, tool: &str) -> bool {
+    bench.wants(CHANGES.map(|percent| name(percent, tool)))
+}
+
 /// A disk per tool, each with its first point.
 pub struct Disks {
     vm: Option<(Vm, PathBuf)>,
@@ -39,23 +44,28 @@ impl Disks {
     pub fn new(bench: &mut Bench) -> Result<Self> {
         let raw = bench.lab.path("changing.raw");
         captured(program("cp").arg("--sparse=auto").arg(&bench.lab.raw).arg(&raw))?;
-        let vm = bench.prepare("incremental: icecore", first_icecore);
-        let libvirt = bench.prepare("incremental: virtnbdbackup", |lab| {
-            let image = lab.path("libvirt.qcow2");
-            overlay(&image, &lab.qcow2)?;
-            let mut libvirt = Libvirt::start(lab, &image)?;
-            libvirt.boot()?;
-            libvirt.online(lab, "full")?;
-            Ok(libvirt)
-        });
-        bench.prepare("incremental: borg", |lab| {
-            peers::borg_init(lab)?;
-            captured(&mut peers::borg_create(lab, &raw, "first")).map(drop)
-        });
-        bench.prepare("incremental: restic", |lab| {
-            peers::restic_init(lab)?;
-            captured(&mut peers::restic_backup(lab, &raw)).map(drop)
-        });
+        let vm = if wanted(bench, "icecore") || bench.wants([ROLLBACK]) {
+            bench.prepare("incremental: icecore", first_icecore)
+        } else {
+            None
+        };
+        let libvirt = if wanted(bench, "virtnbdbackup") {
+            bench.prepare("incremental: virtnbdbackup", first_virtnbdbackup)
+        } else {
+            None
+        };
+        if wanted(bench, "borg") {
+            bench.prepare("incremental: borg", |lab| {
+                peers::borg_init(lab)?;
+                captured(&mut peers::borg_create(lab, &raw, "first")).map(drop)
+            });
+        }
+        if wanted(bench, "restic") {
+            bench.prepare("incremental: restic", |lab| {
+                peers::restic_init(lab)?;
+                captured(&mut peers::restic_backup(lab, &raw)).map(drop)
+            });
+        }
         Ok(Self { vm, libvirt, raw, seed: 100 })
     }
 
@@ -134,4 +144,13 @@ fn first_icecore(lab: &Lab) -> Result<(Vm, PathBuf)> {
         Some(&repository),
     )?;
     Ok((vm, repository))
+}
+
+fn first_virtnbdbackup(lab: &Lab) -> Result<Libvirt> {
+    let image = lab.path("libvirt.qcow2");
+    overlay(&image, &lab.qcow2)?;
+    let mut libvirt = Libvirt::start(lab, &image)?;
+    libvirt.boot()?;
+    libvirt.online(lab, "full")?;
+    Ok(libvirt)
 }

@@ -24,7 +24,7 @@ pub struct Sample {
     pub client_cpu_s: f64,
     /// The server's, where there is one.
     pub server_cpu_s: Option<f64>,
-    /// Sum of the peaks of all client processes.
+    /// Largest sum of the peaks of the client processes there at one time.
     pub peak_mib: f64,
     /// What it left in its repository.
     pub stored_mib: Option<f64>,
@@ -86,12 +86,12 @@ fn watch(child: &Child, started: Instant) -> Result<(f64, f64)> {
     let (over, id) = (AtomicBool::new(false), child.id());
     std::thread::scope(|scope| {
         let memory = scope.spawn(|| {
-            let mut peaks = std::collections::BTreeMap::new();
+            let mut peak = 0;
             while !over.load(Ordering::Relaxed) {
-                memory_of(id, &mut peaks);
+                peak = peak.max(memory_of(id, ""));
                 std::thread::sleep(MEMORY_POLL);
             }
-            peaks.values().sum::<u64>() as f64 / 1024.0
+            peak as f64 / 1024.0
         });
         let ended = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
         let wall = started.elapsed().as_secs_f64();
@@ -101,23 +101,25 @@ fn watch(child: &Child, started: Instant) -> Result<(f64, f64)> {
     })
 }
 
-/// Notes the peak, in KiB, of a process and of all below it that are no servers.
-fn memory_of(pid: u32, peaks: &mut std::collections::BTreeMap<u32, u64>) {
+/// The peaks, in KiB, of a process and of all below it that are there now and are no servers.
+fn memory_of(pid: u32, parent_size: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    if field(&status, "Name:").is_some_and(|name| name.starts_with("qemu-storage")) {
-        return;
+    let size = field(&status, "VmSize:").unwrap_or_default();
+    let name = field(&status, "Name:").unwrap_or_default();
+    // A child that has not become another program yet still has its parent's memory.
+    let child = !parent_size.is_empty();
+    if child && (size == parent_size || name.starts_with("qemu-")) {
+        return 0;
     }
     let peak = field(&status, "VmHWM:").and_then(|text| text.split(' ').next()?.parse().ok());
-    if let Some(peak) = peak {
-        peaks.insert(pid, peak);
-    }
+    let mut total: u64 = peak.unwrap_or_default();
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     for task in tasks {
         let children = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
-        for child in children.split_whitespace().filter_map(|text| text.parse().ok()) {
-            memory_of(child, peaks);
-        }
+        let children = children.split_whitespace().filter_map(|text| text.parse().ok());
+        total += children.map(|child| memory_of(child, size)).sum::<u64>();
     }
+    total
 }
 
 fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
