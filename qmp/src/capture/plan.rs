@@ -109,15 +109,15 @@ pub enum Step {
     },
 }
 
-/// All that can be done before the guest is touched: scratch, filter, new bitmap with sentinels.
-pub fn prepare(run: RunId, disk: DiskIndex, plan: &DiskPlan) -> Vec<Step> {
+/// All that can be done before the guest is touched: scratch, new bitmap with sentinels, and the
+/// filter, if it may be put over the disk of a guest that runs.
+pub fn prepare(run: RunId, disk: DiskIndex, plan: &DiskPlan, with_filter: bool) -> Vec<Step> {
     let [file, raw] = Call::scratch_nodes(run, disk, &plan.scratch.path, plan.scratch.cap_bytes);
-    let mut steps = vec![
-        Step::Run(file),
-        Step::Run(raw),
-        Step::Run(Call::scratch_image(run, disk)),
-        Step::Run(Call::filter(run, disk, &plan.node)),
-    ];
+    let mut steps =
+        vec![Step::Run(file), Step::Run(raw), Step::Run(Call::scratch_image(run, disk))];
+    if with_filter {
+        steps.push(Step::Run(Call::filter(run, disk, &plan.node)));
+    }
     if let Some(bitmap) = &plan.bitmap {
         steps.push(Step::AddBitmap { node: plan.bitmap_node.clone(), bitmap: bitmap.clone() });
         steps.extend(sentinels(run, disk, plan, bitmap));
@@ -254,7 +254,7 @@ mod tests {
             bitmap: Some(NewBitmap { name: "icecore:x".into(), granularity: Granularity::DEFAULT }),
         };
         let touching = ["stop", "cont", "qom-set", "system_reset"];
-        for step in prepare(RunId(1), 0, &plan) {
+        for step in prepare(RunId(1), 0, &plan, true) {
             if let Step::Run(call) = step {
                 assert!(!touching.contains(&call.name), "{}", call.name);
             }
