@@ -1,12 +1,13 @@
 //! What the rest of the program holds of a run: cancel, pulse, limits, progress; and the place
 //! where the first error of all its threads is kept.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::error::EngineError;
-use crate::limits::{STALL_AFTER, WAKE};
+use crate::limits::STALL_AFTER;
+use crate::pacing::{Pace, Pacing};
 
 /// Counters of a run, each raised when the work is complete, never when it is begun. In bytes.
 #[derive(Debug, Default)]
@@ -28,10 +29,8 @@ pub struct Control {
     /// Raised by each data thread whenever it wakes, at least every 200 ms. A watchdog that sees
     /// it stand still knows that replies may lie unread.
     pub pulse: Arc<AtomicU64>,
-    /// Bytes per second that may be requested; 0 is no limit. May change at any time.
-    pub rate: Arc<AtomicU64>,
-    /// Requests in flight on each lane; at least 1 is kept. May change at any time.
-    pub depth: Arc<AtomicU32>,
+    /// How fast data may be asked for; other runs may share it.
+    pub pacing: Arc<Pacing>,
     /// How far the run is.
     pub progress: Arc<Progress>,
     /// A lane that completes nothing for so long has failed.
@@ -43,8 +42,7 @@ impl Default for Control {
         Self {
             cancel: Arc::default(),
             pulse: Arc::default(),
-            rate: Arc::default(),
-            depth: Arc::new(AtomicU32::new(crate::limits::LANE_DEPTH)),
+            pacing: Pacing::new(Pace::FREE),
             progress: Arc::default(),
             stall_after: STALL_AFTER,
         }
@@ -106,61 +104,9 @@ impl Halt {
     }
 }
 
-/// Spreads requests over time so that they keep to a rate. Pure: time is an argument.
-#[derive(Debug, Default)]
-pub(crate) struct Pacer {
-    due: Option<Instant>,
-}
-
-impl Pacer {
-    /// What may be sent at once after a pause.
-    const BURST: Duration = Duration::from_millis(100);
-
-    /// How long to wait at `now` before `len` bytes may be requested at `rate` bytes per second,
-    /// and accounts for them.
-    pub(crate) fn wait(&mut self, now: Instant, len: u64, rate: u64) -> Duration {
-        if rate == 0 {
-            self.due = None;
-            return Duration::ZERO;
-        }
-        let earliest = now.checked_sub(Self::BURST).unwrap_or(now);
-        let due = self.due.map_or(earliest, |due| due.max(earliest));
-        self.due = Some(due + Duration::from_secs_f64(len as f64 / rate as f64));
-        due.saturating_duration_since(now)
-    }
-}
-
-/// Sleeps as long as the rate of `halt`'s control asks for before `len` bytes are requested.
-pub(crate) fn pace(pacer: &mut Pacer, halt: &Halt, len: u64) {
-    let until = Instant::now() + pacer.wait(Instant::now(), len, halt.control.rate.load(Relaxed));
-    loop {
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() || halt.stopped() {
-            return;
-        }
-        std::thread::sleep(left.min(WAKE));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn pacer_keeps_the_rate_and_allows_a_short_burst() {
-        let (mut pacer, start) = (Pacer::default(), Instant::now());
-        let mut now = start;
-        for _ in 0..100 {
-            now += pacer.wait(now, 1 << 20, 10 << 20);
-        }
-        let seconds = (now - start).as_secs_f64();
-        assert!((9.7..10.0).contains(&seconds), "100 MiB at 10 MiB/s took {seconds} s");
-        now += Duration::from_secs(60);
-        assert_eq!(pacer.wait(now, 1 << 20, 10 << 20), Duration::ZERO);
-        assert_eq!(pacer.wait(now, 1 << 20, 10 << 20), Duration::ZERO);
-        assert!(pacer.wait(now, 1 << 20, 10 << 20) > Duration::from_millis(90));
-        assert_eq!(pacer.wait(now, 1 << 30, 0), Duration::ZERO, "no limit");
-    }
 
     #[test]
     fn the_first_error_is_kept() {

@@ -192,9 +192,7 @@ impl<C: Capture> Backup<'_, C> {
         let mut options = data::options(self.context, &self.interrupt.flag());
         let activity = self.job.activity();
         options.control.pulse = Arc::clone(&activity.pulse);
-        if let Some(rate) = self.request.rate_limit {
-            options.control.rate.store(rate, Ordering::Relaxed);
-        }
+        options.control.pacing = Arc::clone(&self.pacing);
         let label = format!("{} {}", self.request.vm, disk.seen.id);
         let meter = Meter::new(readable.size_bytes, Arc::clone(&options.control.progress));
         let _shown = Progress::show(label, meter, self.context.quiet);

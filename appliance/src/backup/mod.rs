@@ -5,8 +5,10 @@
 mod disk;
 mod report;
 
+use std::sync::Arc;
 use std::time::Instant;
 
+use icecore_io_engine::{Pace, Pacing};
 use icecore_qmp::bitmap::{BitmapName, Granularity, NamePart};
 use icecore_repository::{
     BeginPoint, ChainChoice, ChainId, DiskId, DiskMeta, Error as RepositoryError, Point, PointMeta,
@@ -40,6 +42,13 @@ pub struct Request {
     pub dry_run: bool,
 }
 
+impl Request {
+    /// How fast the disks may be read, all of them together.
+    pub fn pacing(&self) -> Arc<Pacing> {
+        Pacing::new(Pace { bytes_per_second: self.rate_limit, ..Pace::FREE })
+    }
+}
+
 /// A disk that will be in the point.
 struct Chosen {
     index: usize,
@@ -55,6 +64,8 @@ pub struct Backup<'a, C> {
     pub capture: &'a mut C,
     pub job: &'a mut Job,
     pub interrupt: &'a Interrupt,
+    /// See [`Request::pacing`].
+    pub pacing: Arc<Pacing>,
 }
 
 impl<C: Capture> Backup<'_, C> {

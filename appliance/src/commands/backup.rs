@@ -124,6 +124,7 @@ impl Run<'_> {
             capture,
             job,
             interrupt: self.interrupt,
+            pacing: self.request.pacing(),
         };
         backup.run().await
     }

@@ -77,6 +77,7 @@ impl Rollback<'_> {
             capture,
             job: self.job,
             interrupt: self.interrupt,
+            pacing: request.pacing(),
         };
         backup.run().await
     }

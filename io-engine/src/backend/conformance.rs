@@ -284,10 +284,9 @@ fn a_file_that_ends_early_is_an_error() {
 #[test]
 fn depth_is_obeyed_and_lanes_share_the_load() {
     for choice in engines() {
-        let script = Script { delay: Duration::from_millis(5), ..Script::default() };
+        let script = Script { delay: Duration::from_millis(5), shallow: true, ..Script::default() };
         let lanes = ToyDisk::new(vec![3; 16 * MIB]).lanes(4, &script);
         let (mut set, control) = (LaneSet::new(lanes, choice).unwrap(), Control::default());
-        control.depth.store(1, Relaxed);
         let started = Instant::now();
         drive(&mut set, &control, reads(16 * MIB, 64 << 10)).1.unwrap();
         let took = started.elapsed();

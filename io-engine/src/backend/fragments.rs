@@ -64,13 +64,13 @@ proptest! {
         let before = pattern(DISK);
         let disk = ToyDisk::new(before.clone());
         let mut server = Server::new(disk.clone(), Script { no_zeroes, ..Script::default() });
-        let mut stream = Stream::new(0, Box::new(Toy::new(16, 1 << 20)), 16).unwrap();
+        let mut stream = Stream::new(0, Box::new(Toy::new(16, 1 << 20)), depth).unwrap();
         let (mut between, mut left, mut done) = (Between::default(), asks.iter(), 0);
         let mut cuts = cuts.iter().copied().cycle();
         for turn in 0.. {
             prop_assert!(turn < 200_000, "it hangs");
             let cut = cuts.next().unwrap();
-            if stream.slots.has_room(depth) && let Some(ask) = left.next() {
+            if stream.slots.has_room() && let Some(ask) = left.next() {
                 stream.submit(request(ask)).unwrap();
             }
             if let Some((bytes, _)) = stream.sending() {

@@ -104,9 +104,9 @@ impl<N> Slots<N> {
         self.slots.len() - self.free.len()
     }
 
-    /// Whether one more may be submitted while `depth` are allowed.
-    pub(super) fn has_room(&self, depth: u32) -> bool {
-        !self.free.is_empty() && self.in_flight() < depth.max(1) as usize
+    /// Whether one more may be submitted.
+    pub(super) fn has_room(&self) -> bool {
+        !self.free.is_empty()
     }
 
     /// Takes `request` in; there must be room.

@@ -136,8 +136,7 @@ impl<N: Send> Worker<'_, N> {
     /// Takes requests while there is room, but no more than a fair share of all in flight: else
     /// one lane would get everything and the others nothing.
     fn fill(&self, stream: &mut Stream<N>, ended: &mut bool) -> Result<(), EngineError> {
-        let depth = self.halt.control.depth.load(Relaxed);
-        while !*ended && stream.slots.has_room(depth) {
+        while !*ended && stream.slots.has_room() {
             let share = self.total.load(Relaxed) / self.lanes + 1;
             if stream.slots.in_flight() > share {
                 break;

@@ -167,6 +167,8 @@ pub(crate) struct Script {
     pub(crate) reversed: bool,
     /// Trickles: sleeps before each reply.
     pub(crate) delay: Duration,
+    /// Takes one request at a time on each connection.
+    pub(crate) shallow: bool,
 }
 
 /// A disk that several connections of a toy server share.
@@ -184,12 +186,13 @@ impl ToyDisk {
 
     /// `count` lanes to a server of this disk that follows `script`.
     pub(crate) fn lanes(&self, count: usize, script: &Script) -> Vec<Lane> {
+        let depth = if script.shallow { 1 } else { 16 };
         (0..count)
             .map(|_| {
                 let (ours, theirs) = UnixStream::pair().unwrap();
                 let (disk, script) = (self.clone(), script.clone());
                 std::thread::spawn(move || Server::new(disk, script).run(theirs));
-                Lane::Stream { fd: ours.into(), wire: Box::new(Toy::new(16, 32 << 20)) }
+                Lane::Stream { fd: ours.into(), wire: Box::new(Toy::new(depth, 32 << 20)) }
             })
             .collect()
     }

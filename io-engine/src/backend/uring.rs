@@ -8,7 +8,6 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
@@ -213,7 +212,7 @@ impl<N> Driver<N> {
             if halt.pulse() {
                 return Err(EngineError::Cancelled);
             }
-            let sleepy = self.fill(intake, halt.control.depth.load(Relaxed), done)?;
+            let sleepy = self.fill(intake, done)?;
             self.submit_lanes()?;
             if self.ended && self.lanes.iter_mut().all(State::idle) {
                 return Ok(());
@@ -234,16 +233,11 @@ impl<N> Driver<N> {
 
     /// Takes requests while there is room, for the least loaded lane first; true if the queue was
     /// found empty.
-    fn fill(
-        &mut self,
-        intake: &Intake<N>,
-        depth: u32,
-        done: Done<'_, N>,
-    ) -> Result<bool, EngineError> {
+    fn fill(&mut self, intake: &Intake<N>, done: Done<'_, N>) -> Result<bool, EngineError> {
         while !self.ended {
             let free = self.lanes.iter_mut().enumerate().filter_map(|(number, lane)| {
                 let slots = lane.slots();
-                slots.has_room(depth).then(|| (slots.in_flight(), number))
+                slots.has_room().then(|| (slots.in_flight(), number))
             });
             let Some((_, number)) = free.min() else { return Ok(false) };
             match intake.next() {

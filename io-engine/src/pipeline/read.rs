@@ -15,9 +15,10 @@ use super::{Options, spawn};
 use crate::backend::{Completion, Feed, LaneSet, Request, queue};
 use crate::budget::{Budget, Reservation};
 use crate::buffer::Pool;
-use crate::control::{Halt, Pacer, pace};
+use crate::control::Halt;
 use crate::error::EngineError;
 use crate::limits::ITEM_COST;
+use crate::pacing::Ticket;
 use crate::plan::{Blocks, Kind, PlanError, Run};
 use crate::stats::Latency;
 use crate::wire::Op;
@@ -72,6 +73,8 @@ struct Note<P> {
     run: Run,
     prepared: P,
     hold: Reservation,
+    /// Given back as soon as the reply is there.
+    ticket: Option<Ticket>,
 }
 
 /// What arrives at the sink.
@@ -149,7 +152,8 @@ where
         });
         let io = spawn(scope, halt, "icecore-io", move || {
             let progress = &halt.control.progress;
-            Ok(set.run(intake, halt, &|done: Completion<Note<P>>| {
+            Ok(set.run(intake, halt, &|mut done: Completion<Note<P>>| {
+                drop(done.request.note.ticket.take());
                 progress.read_bytes.fetch_add(u64::from(done.request.len), Relaxed);
                 // Nobody listens only after a failure.
                 drop(read_in.send(done));
@@ -169,7 +173,7 @@ impl Shared<'_> {
         feed: &Feed<Note<P>>,
         zeroes: &Sender<(u64, Outcome<T>)>,
     ) -> Result<(), EngineError> {
-        let (mut seq, mut pacer) = (0, Pacer::default());
+        let mut seq = 0;
         for run in plan {
             let run = run?;
             if run.kind == Kind::Zero {
@@ -182,7 +186,7 @@ impl Shared<'_> {
             while first < run.first + run.count {
                 let count = self.per_request.min(run.first + run.count - first);
                 let piece = Run { first, count, ..run };
-                self.ask(seq, piece, prepare, feed, &mut pacer)?;
+                self.ask(seq, piece, prepare, feed)?;
                 first += count;
                 seq += 1;
             }
@@ -197,17 +201,18 @@ impl Shared<'_> {
         run: Run,
         prepare: &mut impl FnMut(Run) -> Result<P, EngineError>,
         feed: &Feed<Note<P>>,
-        pacer: &mut Pacer,
     ) -> Result<(), EngineError> {
         let span = self.disk.span(run.first, run.count);
         let results = if self.purpose == Purpose::Store { span.len } else { 0 };
         let hold = self.places.reserve(place_bytes(run.count) + results, || self.halt.stopped())?;
         let prepared = prepare(run)?;
-        pace(pacer, self.halt, span.len);
         // A request is at most 32 bits long.
         let len = span.len as u32;
         let buf = self.pool.get(len as usize, || self.halt.stopped())?;
-        let note = Note { seq, run, prepared, hold };
+        // Last, so that nothing counts as under way that still waits for memory.
+        let ticket = self.halt.control.pacing.enter(span.len, || self.halt.stopped());
+        let ticket = Some(ticket.ok_or(EngineError::Cancelled)?);
+        let note = Note { seq, run, prepared, hold, ticket };
         feed.send(
             Request { op: Op::Read, offset: span.offset, len, buf: Some(buf), note },
             self.halt,
@@ -224,7 +229,7 @@ impl Shared<'_> {
             if self.halt.stopped() {
                 continue;
             }
-            let Note { seq, run, prepared, mut hold } = request.note;
+            let Note { seq, run, prepared, mut hold, .. } = request.note;
             let bytes = request.buf.as_deref().filter(|_| !hole);
             let piece = Piece { run, disk: self.disk, prepared, bytes };
             let (out, held) = worker(piece)?;
@@ -287,6 +292,7 @@ mod tests {
     use crate::backend::EngineChoice;
     use crate::backend::conformance::engines;
     use crate::lane::Lane;
+    use crate::pacing::Pace;
     use crate::plan::Planner;
 
     /// A sink that takes nothing for a while must not let more than the memory be read.
@@ -326,6 +332,45 @@ mod tests {
             });
             assert_eq!(order, (0..64).map(|n| n * 16).collect::<Vec<_>>());
             assert_eq!(progress.done_bytes.load(Relaxed), size);
+        }
+    }
+
+    /// A pause holds requests back, not the sign of life: nobody may take the run for stalled.
+    #[test]
+    fn a_paused_run_asks_for_nothing_and_shows_life() {
+        let size = 8u64 << 20;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(size).unwrap();
+        for choice in engines() {
+            let lanes = Lane::files(file.try_clone().unwrap(), 2).unwrap();
+            let mut set = LaneSet::new(lanes, choice).unwrap();
+            let options = Options { workers: 1, ..Options::new(Budget::new(8 << 20), 8 << 20) };
+            let control = &options.control;
+            control.pacing.govern(Pace::PAUSE);
+            let disk = Blocks { size, block: 65536 };
+            let job = Job {
+                prepare: |_| Ok(()),
+                workers: vec![|_: Piece<'_, ()>| Ok(((), 0))],
+                sink: |_, _: Option<()>| Ok(()),
+                purpose: Purpose::Hash,
+            };
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let pulse = || control.pulse.load(Relaxed);
+                    let wait = |from: u64| {
+                        while pulse() < from + 2 {
+                            std::thread::sleep(Duration::from_millis(5));
+                        }
+                    };
+                    wait(0);
+                    wait(pulse());
+                    assert_eq!(control.progress.read_bytes.load(Relaxed), 0);
+                    control.pacing.govern(Pace { bytes_per_second: None, in_flight: 1 });
+                });
+                let plan = Planner::new(crate::prove::whole_disk(size), disk);
+                read(&mut set, disk, plan, &options, job).unwrap();
+            });
+            assert_eq!(control.progress.read_bytes.load(Relaxed), size);
         }
     }
 

@@ -10,7 +10,7 @@ use icecore_repository::{BlockIndex, Entry};
 use super::{Options, spawn};
 use crate::backend::{Completion, Feed, LaneSet, Request, queue};
 use crate::buffer::{Buffer, Pool};
-use crate::control::{Halt, Pacer, pace};
+use crate::control::Halt;
 use crate::error::{EngineError, Span};
 use crate::limits::MAX_EFFECT;
 use crate::plan::Blocks;
@@ -112,14 +112,14 @@ impl Shared<'_> {
         zeroes: &Feed<()>,
         tasks: &Sender<Task>,
     ) -> Result<(), EngineError> {
-        let mut pacer = Pacer::default();
         for step in steps {
             match step? {
                 Step::Zero { first, count } => self.zero(self.disk.span(first, count), zeroes)?,
                 Step::Data(entries) => {
                     let Some(first) = entries.first() else { continue };
                     let span = self.disk.span(first.index.0, entries.len() as u64);
-                    pace(&mut pacer, self.halt, span.len);
+                    // Only the rate counts here: the memory bounds what is under way.
+                    drop(self.halt.control.pacing.enter(span.len, || self.halt.stopped()));
                     // At most one request, so within 32 bits.
                     let buf = self.pool.get(span.len as usize, || self.halt.stopped())?;
                     drop(tasks.send(Task { entries, span, buf }));
