@@ -21,6 +21,7 @@ mod names;
 mod nbd;
 mod output;
 mod points;
+mod policy;
 mod progress;
 mod recovery;
 mod report;

@@ -44,6 +44,22 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     millis.map(Duration::from_millis).ok_or_else(wrong)
 }
 
+/// Parses a duration for schedules: digits with s, m, h or d (s when nothing is said).
+pub fn long_duration(text: &str) -> Result<Duration, String> {
+    let text = text.trim();
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let wrong = || format!("'{text}' is not a duration, as in 90s, 15m, 2h or 1d");
+    let unit = match &text[split..] {
+        "s" | "" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 86_400,
+        _ => return Err(wrong()),
+    };
+    let number: u64 = text[..split].parse().map_err(|_| wrong())?;
+    number.checked_mul(unit).map(Duration::from_secs).ok_or_else(wrong)
+}
+
 /// Bytes for a person: three digits and a unit, powers of 1024.
 pub fn human_bytes(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
@@ -82,6 +98,8 @@ mod tests {
         assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
         assert_eq!(duration("5"), Ok(Duration::from_secs(5)));
         assert!(duration("5h").is_err() && duration("s").is_err());
+        assert_eq!(long_duration("2h"), Ok(Duration::from_secs(7200)));
+        assert!(long_duration("99999999999999999999d").is_err() && long_duration("h").is_err());
     }
 
     #[test]

@@ -105,6 +105,9 @@ pub enum Command {
     /// List, show and release VMs
     #[command(subcommand)]
     Vm(VmCommand),
+    /// What the configuration says, and what is wrong with it
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// Runs on this host, finished and unfinished
     #[command(subcommand)]
     Job(JobCommand),
@@ -488,6 +491,13 @@ pub enum CatalogCommand {
         #[command(flatten)]
         repo: RepoArgs,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Read the configuration and say what is wrong, with file and line
+    #[command(after_help = "Example:\n  icecore config check --config /etc/icecore/icecore.toml")]
+    Check,
 }
 
 #[derive(Debug, Subcommand)]

@@ -35,6 +35,9 @@ pub fn run() -> ExitCode {
 }
 
 fn run_command(cli: Cli) -> Outcome<u8> {
+    if let Command::Config(command) = &cli.command {
+        return commands::config::run(&cli.global, command);
+    }
     let context = Context::new(&cli.global)?;
     // The command itself runs on this thread and may wait for a disk; what a guardian waits for (its
     // pulse, its answers) goes on beside it.
@@ -67,7 +70,10 @@ async fn dispatch(context: &Context, command: Command) -> Outcome<u8> {
         Command::Doctor(args) => commands::doctor::run(context, args).await,
         Command::Completions(args) => commands::generate::completions(args),
         Command::Man(args) => commands::generate::man(&args.dir),
-        Command::Guardian => Err(Failure::usage("run a guardian", "it is started by icecore")),
+        // Both were dealt with before there was a context.
+        Command::Guardian | Command::Config(_) => {
+            Err(Failure::usage("run a command", "it has a way of its own"))
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 pub mod backup;
 pub mod chain;
 pub mod check;
+pub mod config;
 pub mod diff;
 pub mod doctor;
 pub mod export;
