@@ -29,7 +29,6 @@ fn qemu_7_2_without_iothreads() -> Result<()> {
 }
 
 #[test]
-#[ignore = "long: this QEMU itself dies in about one of ten runs, see README; cargo xtask test --long"]
 fn qemu_7_2_with_iothreads_is_pushed_and_lives() -> Result<()> {
     full_and_incremental(Qemu::V7_2, true)
 }

@@ -122,13 +122,6 @@ impl QmpCapture {
     }
 
     async fn prepare(&mut self) -> Outcome<()> {
-        if self.tasks.iter().any(|task| self.form(task) == Form::Push) {
-            tracing::warn!(
-                "QEMU {} may abort when nodes go over a disk in an iothread: leave such disks out \
-                 with --exclude-disk, or use QEMU 9.1 or later",
-                self.features.version
-            );
-        }
         let run = self.settings.run.to_string();
         let scratch = ScratchDir::make(&self.settings.scratch, &run, self.user)?;
         let sizes: Vec<u64> = self.tasks.iter().map(|task| self.disk(task).size_bytes).collect();
