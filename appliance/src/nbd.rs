@@ -6,16 +6,28 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use icecore_io_engine::{Lane, Op, Want, Wire, WireError, WireErrorKind};
+use std::time::Duration;
+
+use icecore_io_engine::{
+    DataMap, Lane, Op, PlanItem, TargetState, Want, Wire, WireError, WireErrorKind, whole_disk,
+};
 use icecore_nbd_client::error::{ProtocolError, RequestError, SubmitError};
 use icecore_nbd_client::transmission::{self, Transmission};
-use icecore_nbd_client::{Blocking, Control, Endpoint, ExportInfo, Options, Uri};
+use icecore_nbd_client::{
+    Blocking, Cause, Control, Endpoint, ExportInfo, Extent, Flow, Options, Uri, reads_as_zero,
+};
 use icecore_qmp::guardian::GuardianClient;
+use tokio::runtime::Handle;
 
+use crate::capture::changes::{self, Scope};
 use crate::failure::{Failure, Outcome};
 
 /// Connections to one export where the server allows several; more gains nothing (measured).
 const LANES_MAX: usize = 4;
+
+/// A server that takes no more connections than the lanes is not waited for any longer: the map
+/// that it does not give costs reading, nothing else.
+const MAP_DEADLINE: Duration = Duration::from_secs(2);
 
 /// What an export can tell about its content.
 pub const ALLOCATION: &str = "base:allocation";
@@ -125,7 +137,43 @@ pub async fn control(peer: &Peer, bitmap: Option<&str>, tried: &str) -> Outcome<
 
 /// Connects as often as the server allows, for data.
 pub async fn lanes(peer: &Peer, tried: &str) -> Outcome<Lanes> {
-    Ok(target_lanes(peer, |_| Ok(()), tried).await?.lanes)
+    Ok(target_lanes(peer, |_| Ok(0), tried).await?.lanes)
+}
+
+/// As [`lanes`], where the export has `size` bytes.
+pub async fn lanes_of_size(peer: &Peer, size: u64, tried: &str) -> Outcome<Lanes> {
+    let accept = |export: &ExportInfo| match export.size_bytes {
+        found if found == size => Ok(0),
+        found => {
+            Err(Failure::failed(tried, format!("the disk has {found} bytes, the point's {size}")))
+        }
+    };
+    Ok(target_lanes(peer, accept, tried).await?.lanes)
+}
+
+/// Whoever serves `peer` is asked where its first `size` bytes may hold data, when that is needed. A
+/// server that does not answer has data everywhere.
+pub fn data_map(peer: &Peer, size: u64, tried: &str) -> DataMap {
+    let (runtime, peer, tried) = (Handle::current(), peer.clone(), tried.to_owned());
+    Box::new(move || {
+        let options = Options {
+            optional_contexts: vec![ALLOCATION.into()],
+            connect_deadline: MAP_DEADLINE,
+            ..Options::default()
+        };
+        runtime.block_on(async {
+            match peer.connect(&options, &tried).await {
+                Ok((control, hang_up)) => {
+                    let questions = Questions { control, _hang_up: hang_up };
+                    Box::new(changes::stream(questions, Scope::Whole, size))
+                }
+                Err(failure) => {
+                    tracing::info!(why = failure.why, "the whole target is read back");
+                    Box::new(whole_disk(size)) as Box<dyn Iterator<Item = PlanItem> + Send>
+                }
+            }
+        })
+    })
 }
 
 /// Connections to an export that is written to as a whole.
@@ -134,24 +182,32 @@ pub struct TargetLanes {
     pub lanes: Lanes,
     /// The server takes several connections, now and later.
     pub several: bool,
+    /// What the server says that it holds.
+    pub state: TargetState,
     /// Set when a request to change the export may have been sent.
     pub wrote: Arc<AtomicBool>,
 }
 
-/// As [`lanes`], where the export is one that `accept` takes. A server may serve a single
-/// connection in its life: the first one, over which it is described, is a lane already.
+/// As [`lanes`], where the export is one that `accept` takes, and says how many bytes of it will be
+/// used. A server may serve a single connection in its life: the first one, over which it is
+/// described, is a lane already.
 pub async fn target_lanes(
     peer: &Peer,
-    accept: impl Fn(&ExportInfo) -> Outcome<()>,
+    accept: impl Fn(&ExportInfo) -> Outcome<u64>,
     tried: &str,
 ) -> Outcome<TargetLanes> {
-    let options = Options::default();
+    let mut options = Options { optional_contexts: vec![ALLOCATION.into()], ..Options::default() };
+    let mut state = None;
     let mut lanes = Lanes { set: Vec::new(), hang_up: Vec::new() };
     let wrote = Arc::new(AtomicBool::new(false));
     let (mut several, mut wanted) = (false, 1);
     while lanes.set.len() < wanted {
-        let (control, hang_up) = peer.connect(&options, tried).await?;
-        accept(control.export())?;
+        let (mut control, hang_up) = peer.connect(&options, tried).await?;
+        let size = accept(control.export())?;
+        if state.is_none() {
+            state = Some(present_state(&mut control, size, tried).await?);
+            options.optional_contexts.clear();
+        }
         if control.export().multi_conn() {
             (several, wanted) = (true, LANES_MAX);
         }
@@ -161,7 +217,27 @@ pub async fn target_lanes(
         lanes.set.push(Lane::Stream { fd, wire });
         lanes.hang_up.push(hang_up);
     }
-    Ok(TargetLanes { lanes, several, wrote })
+    let state = state.unwrap_or(TargetState::Unknown);
+    Ok(TargetLanes { lanes, several, state, wrote })
+}
+
+/// Blank where the server says that the first `size` bytes read as zeroes.
+async fn present_state(control: &mut Control, size: u64, tried: &str) -> Outcome<TargetState> {
+    let Some(allocation) = control.context(ALLOCATION).filter(|_| size > 0) else {
+        return Ok(TargetState::Unknown);
+    };
+    let mut blank = true;
+    let asked = control.extents(allocation, [Extent::new(0, size)], |extent| {
+        blank &= reads_as_zero(extent.flags);
+        if blank { Flow::Continue(()) } else { Flow::Break(()) }
+    });
+    match asked.await {
+        Ok(()) if blank => Ok(TargetState::Blank),
+        Ok(()) => Ok(TargetState::Unknown),
+        // It cannot tell, and says so: nothing is known then.
+        Err(error) if matches!(error.cause, Cause::Request(_)) => Ok(TargetState::Unknown),
+        Err(error) => Err(Failure::failed(tried, error)),
+    }
 }
 
 /// NBD's transmission phase as the data plane wants it.

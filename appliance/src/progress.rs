@@ -22,19 +22,28 @@ const LINE_INTERVAL: Duration = Duration::from_secs(10);
 pub struct Meter {
     total: u64,
     counted: Arc<icecore_io_engine::Progress>,
+    /// What is written is read back afterwards: both count.
+    read_back: bool,
 }
 
 impl Meter {
     /// Follows the data plane's counters up to `total`.
     pub fn new(total: u64, counted: Arc<icecore_io_engine::Progress>) -> Self {
-        Self { total, counted }
+        Self { total, counted, read_back: false }
     }
 
-    /// What is not read or written because it need not be is not counted as done, so the time left
-    /// is an upper bound.
+    /// Follows them through writing and reading back, `total` bytes each.
+    pub fn with_read_back(self) -> Self {
+        Self { total: 2 * self.total, read_back: true, ..self }
+    }
+
+    /// What is not read because it need not be is not counted as done in a backup, so the time left
+    /// is an upper bound there.
     fn done(&self) -> u64 {
-        let read = self.counted.read_bytes.load(Ordering::Relaxed);
-        read.max(self.counted.done_bytes.load(Ordering::Relaxed))
+        let [read, written, skipped] =
+            [&self.counted.read_bytes, &self.counted.done_bytes, &self.counted.skipped_bytes]
+                .map(|counter| counter.load(Ordering::Relaxed));
+        skipped + if self.read_back { read + written } else { read.max(written) }
     }
 }
 

@@ -54,20 +54,48 @@ impl Drop for Mapping {
     }
 }
 
-/// A page-aligned piece of memory of a fixed length; returns to its pool when dropped.
+/// A mapping and the pool that it returns to when the last part of it is dropped.
+struct Lease {
+    mapping: Option<Mapping>,
+    pool: Option<Arc<Shared>>,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let (Some(pool), Some(mapping)) = (self.pool.take(), self.mapping.take()) {
+            pool.give_back(mapping);
+        }
+    }
+}
+
+/// A piece of memory of a fixed length, page-aligned unless it was split off at another place.
 ///
 /// Its address stays the same when the `Buffer` moves.
 pub(crate) struct Buffer {
-    mapping: Option<Mapping>,
+    lease: Arc<Lease>,
+    /// Where it begins in the mapping. No two buffers of one lease overlap.
+    from: usize,
     len: usize,
-    pool: Option<Arc<Shared>>,
 }
 
 impl Buffer {
     /// Memory outside any pool, for the small fixed parts of a lane.
     pub(crate) fn fixed(len: usize) -> Result<Self, EngineError> {
         let mapping = Mapping::new(len.max(1).next_multiple_of(PAGE))?;
-        Ok(Self { mapping: Some(mapping), len, pool: None })
+        Ok(Self::of(mapping, len, None))
+    }
+
+    fn of(mapping: Mapping, len: usize, pool: Option<Arc<Shared>>) -> Self {
+        Self { lease: Arc::new(Lease { mapping: Some(mapping), pool }), from: 0, len }
+    }
+
+    /// Splits the first `at` bytes (no more than there are) off; what is left keeps its place.
+    pub(crate) fn split_to(&mut self, at: usize) -> Self {
+        let len = at.min(self.len);
+        let first = Self { lease: Arc::clone(&self.lease), from: self.from, len };
+        self.from += len;
+        self.len -= len;
+        first
     }
 }
 
@@ -75,9 +103,12 @@ impl Deref for Buffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        match &self.mapping {
-            // SAFETY: the mapping is at least `len` initialised bytes and lives as long as `self`.
-            Some(mapping) => unsafe { std::slice::from_raw_parts(mapping.at.as_ptr(), self.len) },
+        match &self.lease.mapping {
+            // SAFETY: `from + len` never passes the end of the mapping, whose bytes are initialised
+            // and live as long as the lease.
+            Some(mapping) => unsafe {
+                std::slice::from_raw_parts(mapping.at.as_ptr().add(self.from), self.len)
+            },
             None => &[],
         }
     }
@@ -85,9 +116,12 @@ impl Deref for Buffer {
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
-        match &self.mapping {
-            // SAFETY: as in `deref`; `&mut self` makes the access exclusive.
-            Some(map) => unsafe { std::slice::from_raw_parts_mut(map.at.as_ptr(), self.len) },
+        match &self.lease.mapping {
+            // SAFETY: as in `deref`; buffers of one lease are disjoint, so `&mut self` makes the
+            // access exclusive.
+            Some(map) => unsafe {
+                std::slice::from_raw_parts_mut(map.at.as_ptr().add(self.from), self.len)
+            },
             None => &mut [],
         }
     }
@@ -96,14 +130,6 @@ impl DerefMut for Buffer {
 impl std::fmt::Debug for Buffer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Buffer({} bytes)", self.len)
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        if let (Some(pool), Some(mapping)) = (self.pool.take(), self.mapping.take()) {
-            pool.give_back(mapping);
-        }
     }
 }
 
@@ -206,7 +232,7 @@ impl Pool {
             }
             None => return Ok(None),
         };
-        Ok(Some(Buffer { mapping: Some(mapping), len, pool: Some(Arc::clone(&self.0)) }))
+        Ok(Some(Buffer::of(mapping, len, Some(Arc::clone(&self.0)))))
     }
 }
 
@@ -247,6 +273,22 @@ mod tests {
         assert_eq!(moved.as_ptr(), address);
         drop(moved);
         assert_eq!(pool.get(80_000, never).unwrap().as_ptr(), address, "same class is reused");
+    }
+
+    #[test]
+    fn parts_are_disjoint_and_return_together() {
+        let pool = Pool::new(64 << 10);
+        let mut rest = pool.get(10_000, never).unwrap();
+        rest.fill(1);
+        let mut first = rest.split_to(4096);
+        first.fill(2);
+        drop(rest.split_to(904));
+        assert_eq!((first.len(), rest.len()), (4096, 5000));
+        assert!(first.iter().all(|byte| *byte == 2) && rest.iter().all(|byte| *byte == 1));
+        drop(rest);
+        assert_eq!(pool.0.locked().idle_bytes, 0, "a part is in use");
+        drop(first);
+        assert_eq!(pool.0.locked().idle_bytes, 16 << 10);
     }
 
     #[test]

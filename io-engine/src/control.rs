@@ -19,6 +19,9 @@ pub struct Progress {
     pub done_bytes: AtomicU64,
     /// Of `done_bytes`, what was zero.
     pub zero_bytes: AtomicU64,
+    /// Of a restore, what needs neither writing (the target is blank there, and shall be) nor
+    /// reading back (it says that it is a hole).
+    pub skipped_bytes: AtomicU64,
 }
 
 /// The handles by which a run is watched and steered while it goes on; clones share them.

@@ -276,8 +276,12 @@ fn only_some_blocks_are_written_and_each_is_verified() {
         assert!(*target.bytes.lock().unwrap() == want, "{choice:?}");
         target.bytes.lock().unwrap()[201 * BLOCK as usize] ^= 1;
         let mut set = LaneSet::new(target.lanes(1, &Script::default()), choice).unwrap();
-        let found = compare_blocks(&mut set, &rig.reader(), rig.repo.hasher(), &only, &options());
-        assert_eq!(found.unwrap().0, Differing { count: 1, first: vec![BlockIndex(201)] });
+        let (mut found, hasher, options) = (Vec::new(), rig.repo.hasher(), options());
+        let differs = |index| found.push(index);
+        compare_blocks(&mut set, &rig.reader(), hasher, &only, differs, &options).unwrap();
+        assert_eq!(found, [BlockIndex(201)]);
+        let outcome = require_blocks(&mut set, &rig.reader(), hasher, &only, &options);
+        assert!(matches!(outcome, Err(EngineError::BlocksDiffer { count: 1, first: 201 })));
         let beyond = || -> BlockRanges<'_> {
             Box::new(std::iter::once(Ok(BlockRange { first: size as u64 / BLOCK, count: 1 })))
         };

@@ -27,7 +27,7 @@ mod source;
 mod stats;
 pub mod wire;
 
-pub use backend::{Engine, EngineChoice, LaneSet};
+pub use backend::{DataMap, Engine, EngineChoice, LaneSet};
 pub use backup::{BackupStats, backup};
 pub use budget::{Budget, BudgetError, Reservation};
 pub use control::{Control, Progress};
@@ -37,7 +37,7 @@ pub use pacing::{Pace, Pacing};
 pub use pipeline::Options;
 pub use plan::{PlanError, PlanItem, ReadItem};
 pub use priority::Priority;
-pub use prove::{Differing, HashStats, compare_blocks, dry_run, whole_disk};
+pub use prove::{HashStats, compare_blocks, dry_run, require_blocks, whole_disk};
 pub use restore::{RestoreStats, TargetState, Verify, restore};
 pub use source::{BlockRange, BlockRanges, RangesOf};
 pub use stats::Latency;

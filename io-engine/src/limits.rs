@@ -14,6 +14,10 @@ pub const LANE_DEPTH: u32 = 16;
 /// [`STALL_AFTER`].
 pub const MAX_EFFECT: u32 = 64 << 20;
 
+/// Writes shorter than this into a blank file are given their room one by one, in bytes; a file
+/// system does not set aside much more than what longer ones use.
+pub(crate) const SCATTERED_BYTES_MAX: u64 = 512 << 10;
+
 /// Zeroes written by one request where a target knows no write-zeroes, in bytes.
 pub(crate) const ZERO_STEP: u32 = 256 << 10;
 
@@ -45,9 +49,6 @@ pub(crate) const ITEM_COST: u64 = 1024;
 
 /// Least memory of one pipeline, in bytes: two requests in flight, two being worked on.
 pub const MIN_MEMORY: u64 = 4 * MAX_REQUEST as u64;
-
-/// Differing blocks remembered by name; beyond that they are only counted.
-pub const MAX_NAMED_BLOCKS: usize = 1000;
 
 /// Unit of alignment of every buffer, in bytes: what O_DIRECT asks for on any device.
 pub(crate) const PAGE: usize = 4096;

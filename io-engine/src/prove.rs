@@ -1,5 +1,6 @@
 //! Reading for the sake of hashes: dry runs, and the proof that a target holds what it should.
 
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use icecore_repository::{
@@ -8,7 +9,6 @@ use icecore_repository::{
 
 use crate::backend::LaneSet;
 use crate::error::{EngineError, Span};
-use crate::limits::MAX_NAMED_BLOCKS;
 use crate::pipeline::Options;
 use crate::pipeline::read::{Job, Piece, Purpose, read};
 use crate::plan::{Blocks, Kind, PlanError, PlanItem, Planner, ReadItem, Run};
@@ -81,7 +81,14 @@ pub(crate) fn prove_root(
     options: &Options,
 ) -> Result<HashStats, EngineError> {
     let size = point.size_bytes();
-    let plan = set.may_hold_data(size);
+    let progress = &options.control.progress;
+    let mut at = 0;
+    let plan = set.may_hold_data(size).inspect(|item| {
+        if let Ok(ReadItem::Data(span)) = item {
+            progress.skipped_bytes.fetch_add(span.offset.saturating_sub(at), Relaxed);
+            at = span.offset + span.len;
+        }
+    });
     let found = dry_run(set, size, point.block_size(), hasher, plan, options)?;
     match point.content_root() {
         expected if expected == found.root => Ok(found),
@@ -89,26 +96,8 @@ pub(crate) fn prove_root(
     }
 }
 
-/// Blocks whose content is not that of the point.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Differing {
-    /// How many.
-    pub count: u64,
-    /// The first [`MAX_NAMED_BLOCKS`] of them, ascending.
-    pub first: Vec<BlockIndex>,
-}
-
-impl Differing {
-    pub(crate) fn add(&mut self, index: BlockIndex) {
-        self.count += 1;
-        if self.first.len() < MAX_NAMED_BLOCKS {
-            self.first.push(index);
-        }
-    }
-}
-
-/// Reads the blocks of `ranges` and compares their ids with those of the point: what differs, and
-/// the latencies.
+/// Reads the blocks of `ranges` and compares their ids with those of the point. `differs` hears of
+/// each block whose content is another, ascending.
 ///
 /// # Errors
 /// The first failure of any part. A difference is none.
@@ -117,11 +106,11 @@ pub fn compare_blocks(
     point: &DiskReader,
     hasher: BlockHasher,
     ranges: RangesOf<'_>,
+    mut differs: impl FnMut(BlockIndex) + Send,
     options: &Options,
-) -> Result<(Differing, Latency), EngineError> {
+) -> Result<Latency, EngineError> {
     let disk = Blocks { size: point.size_bytes(), block: point.block_size().bytes() };
     let mut cursor = Cursor::new(point, disk);
-    let mut differing = Differing::default();
     let plan = ranges().map(|range| {
         let range = range.map_err(PlanError::Source)?;
         Ok(Run { kind: Kind::Data, first: range.first, count: disk.checked(range)? })
@@ -133,13 +122,32 @@ pub fn compare_blocks(
             options.workers.max(1)
         ],
         sink: |_, found: Option<Vec<u64>>| {
-            found.into_iter().flatten().for_each(|index| differing.add(BlockIndex(index)));
+            found.into_iter().flatten().for_each(|index| differs(BlockIndex(index)));
             Ok(())
         },
         purpose: Purpose::Hash,
     };
-    let latency = read(set, disk, plan, options, job)?;
-    Ok((differing, latency))
+    read(set, disk, plan, options, job)
+}
+
+/// As [`compare_blocks`], where a difference is an error.
+///
+/// # Errors
+/// The first failure of any part, or [`EngineError::BlocksDiffer`].
+pub fn require_blocks(
+    set: &mut LaneSet,
+    point: &DiskReader,
+    hasher: BlockHasher,
+    ranges: RangesOf<'_>,
+    options: &Options,
+) -> Result<Latency, EngineError> {
+    let (mut first, mut count) = (None, 0);
+    let differs = |index: BlockIndex| {
+        first.get_or_insert(index.0);
+        count += 1;
+    };
+    let latency = compare_blocks(set, point, hasher, ranges, differs, options)?;
+    first.map_or(Ok(latency), |first| Err(EngineError::BlocksDiffer { count, first }))
 }
 
 /// The numbers of the blocks of `piece` that differ from the entries prepared for it.

@@ -8,9 +8,9 @@ use icecore_repository::{BlockHasher, ContentRoot, DiskReader};
 use crate::backend::LaneSet;
 use crate::error::{EngineError, Span};
 use crate::pipeline::Options;
-use crate::pipeline::write::{flush, write};
+use crate::pipeline::write::{Holes, flush, write};
 use crate::plan::Blocks;
-use crate::prove::{compare_blocks, prove_root};
+use crate::prove::{prove_root, require_blocks};
 use crate::source::{BlockRange, RangesOf, Steps};
 use crate::stats::Latency;
 
@@ -124,7 +124,8 @@ fn write_steps(
     let span = Span::new(0, disk.size);
     let decoder = |_| point.decoder().map_err(|source| EngineError::Repository { span, source });
     let decoders = (0..options.workers.max(1)).map(decoder).collect::<Result<Vec<_>, _>>()?;
-    write(set, disk, steps, decoders, options)
+    let holes = set.file().filter(|_| blank).map_or(Holes::Fill, Holes::Keep);
+    write(set, disk, steps, decoders, holes, options)
 }
 
 fn read_back(
@@ -140,10 +141,6 @@ fn read_back(
         (stats.root, stats.read_latency) = (Some(found.root), found.latency);
         return Ok(());
     };
-    let (differing, latency) = compare_blocks(set, point, hasher, ranges, options)?;
-    stats.read_latency = latency;
-    match differing.first.first() {
-        None => Ok(()),
-        Some(first) => Err(EngineError::BlocksDiffer { count: differing.count, first: first.0 }),
-    }
+    stats.read_latency = require_blocks(set, point, hasher, ranges, options)?;
+    Ok(())
 }

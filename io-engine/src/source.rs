@@ -125,9 +125,11 @@ impl<'a> Steps<'a> {
                 next => {
                     let stop = next.map_or(end, |entry| entry.index.0);
                     self.rest.0 = stop;
-                    if !self.skip_zeroes {
-                        return Ok(Some(Step::Zero { first, count: stop - first }));
-                    }
+                    let count = stop - first;
+                    return Ok(Some(match self.skip_zeroes {
+                        true => Step::Skip { first, count },
+                        false => Step::Zero { first, count },
+                    }));
                 }
             }
         }

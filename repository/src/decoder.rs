@@ -1,12 +1,13 @@
 //! Fetches blocks from packs, unpacks them and verifies them before anybody sees them.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::block::{Unpacker, content_damage};
 use crate::error::{Damage, DamageKind, Error, Result};
 use crate::geometry::{BlockIndex, BlockSize};
-use crate::ids::PackId;
+use crate::ids::{BlockId, PackId};
 use crate::names;
 use crate::pack::{FrameInfo, PackToc};
 use crate::point::Entry;
@@ -18,6 +19,43 @@ const CACHED_FRAMES_MAX: usize = 1 << 16;
 const FETCH_BYTES_MAX: u64 = 1 << 20;
 /// Bytes between two frames that are rather read than skipped by another request.
 const FETCH_GAP_BYTES_MAX: u64 = 64 << 10;
+
+/// Ids of blocks that were read lately, to see which ones come again.
+const RECENT_IDS: usize = 64;
+/// Blocks that came again are kept, verified, up to so many bytes: a few of them make most of the
+/// repetition of real disks (fill patterns, formatted but unused space).
+const REPEATED_BYTES_MAX: usize = 1 << 20;
+
+/// Verified blocks that are asked for again and again.
+#[derive(Default)]
+struct Repeated {
+    recent: VecDeque<BlockId>,
+    blocks: VecDeque<(BlockId, Vec<u8>)>,
+}
+
+impl Repeated {
+    /// Copies the block of that id into `block`, if it is here with that length.
+    fn copy_to(&self, id: &BlockId, block: &mut [u8]) -> bool {
+        let found = self.blocks.iter().find(|(kept, data)| kept == id && data.len() == block.len());
+        if let Some((_, data)) = found {
+            block.copy_from_slice(data);
+        }
+        found.is_some()
+    }
+
+    /// Takes note of a verified block, and keeps it when it is not the first of its id.
+    fn note(&mut self, id: &BlockId, block: &[u8]) {
+        if !self.recent.contains(id) {
+            self.recent.truncate(RECENT_IDS - 1);
+            self.recent.push_front(*id);
+        } else if block.len() <= REPEATED_BYTES_MAX && self.blocks.iter().all(|kept| kept.0 != *id)
+        {
+            let room = REPEATED_BYTES_MAX / block.len().max(1);
+            self.blocks.truncate(room - 1);
+            self.blocks.push_front((*id, block.to_vec()));
+        }
+    }
+}
 
 /// Tables of contents, the last used ones first.
 #[derive(Default)]
@@ -58,12 +96,14 @@ pub struct BlockDecoder {
     /// The last table used: neighbours lie in one pack.
     toc: Option<(PackId, Arc<PackToc>)>,
     fetched: Vec<u8>,
+    repeated: Repeated,
 }
 
 impl BlockDecoder {
     pub(crate) fn new(inner: Arc<Inner>, size_bytes: u64) -> Result<Self> {
         let unpacker = Unpacker::new()?;
-        Ok(Self { inner, size_bytes, unpacker, toc: None, fetched: Vec::new() })
+        let (fetched, repeated) = (Vec::new(), Repeated::default());
+        Ok(Self { inner, size_bytes, unpacker, toc: None, fetched, repeated })
     }
 
     /// Reads one block into `block`, which is exactly as long as the block.
@@ -89,28 +129,48 @@ impl BlockDecoder {
         entries: &[Entry],
         out: &mut [u8],
     ) -> Result<()> {
-        let size = self.block_size().bytes() as usize;
         let mut position = 0;
         let mut rest = entries;
         while let Some(entry) = rest.first() {
+            let room = self.room(first, entry, position, out.len())?;
+            if self.repeated.copy_to(&entry.id, &mut out[room.clone()]) {
+                out[position..room.start].fill(0);
+                position = room.end;
+                rest = &rest[1..];
+                continue;
+            }
             let (together, start, stop) = self.neighbours(rest)?;
             self.fetch(entry, start, stop)?;
             for entry in &rest[..together] {
-                let place = place(first, entry, size, out.len()).ok_or_else(|| misplaced(entry))?;
-                let length = self.block_size().block_bytes(self.size_bytes, entry.index) as usize;
-                if place < position || place + length > out.len() {
-                    return Err(misplaced(entry));
-                }
-                out[position..place].fill(0);
-                position = place + length;
+                let room = self.room(first, entry, position, out.len())?;
+                out[position..room.start].fill(0);
+                position = room.end;
                 let frame = self.frame(entry)?;
                 let at = u64::from(frame.offset) - start;
-                self.unpack(entry, &frame, at as usize, &mut out[place..position])?;
+                self.unpack(entry, &frame, at as usize, &mut out[room])?;
             }
             rest = &rest[together..];
         }
         out[position..].fill(0);
         Ok(())
+    }
+
+    /// Where a block belongs in a buffer of `length` that begins with block `first` and is filled
+    /// up to `position`.
+    fn room(
+        &self,
+        first: BlockIndex,
+        entry: &Entry,
+        position: usize,
+        length: usize,
+    ) -> Result<Range<usize>> {
+        let size = self.block_size().bytes() as usize;
+        let place = place(first, entry, size, length).ok_or_else(|| misplaced(entry))?;
+        let end = place + self.block_size().block_bytes(self.size_bytes, entry.index) as usize;
+        if place < position || end > length {
+            return Err(misplaced(entry));
+        }
+        Ok(place..end)
     }
 
     fn block_size(&self) -> BlockSize {
@@ -190,7 +250,9 @@ impl BlockDecoder {
         unpacked.map_err(|detail| match names::pack(entry.location.pack) {
             Ok(name) => content_damage(name, format!("slot {}: {detail}", entry.location.slot)),
             Err(error) => error,
-        })
+        })?;
+        self.repeated.note(&entry.id, block);
+        Ok(())
     }
 }
 
@@ -204,5 +266,30 @@ fn misplaced(entry: &Entry) -> Error {
     Error::Refused {
         what: format!("{} does not fit the buffer that it was to be read into", entry.index),
         advice: "report this as a defect",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_comes_again_is_kept_and_no_more_than_the_limit() {
+        let mut repeated = Repeated::default();
+        let id = |n: usize| BlockId([n as u8; 32]);
+        let block = |n: usize| vec![n as u8; 64 << 10];
+        let mut out = block(0);
+        for round in 0..3 {
+            for n in 1..=RECENT_IDS / 2 {
+                assert!(round < 2 || n > RECENT_IDS / 4 || !repeated.copy_to(&id(n), &mut out));
+                repeated.note(&id(n), &block(n));
+            }
+            let kept: usize = repeated.blocks.iter().map(|(_, data)| data.len()).sum();
+            assert_eq!(kept > 0, round > 0);
+            assert!(kept <= REPEATED_BYTES_MAX && repeated.recent.len() <= RECENT_IDS);
+        }
+        assert!(repeated.copy_to(&id(RECENT_IDS / 2), &mut out));
+        assert_eq!(out, block(RECENT_IDS / 2));
+        assert!(!repeated.copy_to(&id(RECENT_IDS / 2), &mut out[..100]), "another length");
     }
 }

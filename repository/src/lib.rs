@@ -37,7 +37,7 @@ pub mod store;
 pub mod testing;
 mod writers;
 
-pub use block::{BlockHasher, Compression};
+pub use block::{BlockHasher, Compression, is_zero};
 pub use check::{CheckError, CheckOptions, CheckProgress, CheckReport};
 pub use commit::{BeginPoint, ChainChoice, PointWriter};
 pub use config::FORMAT_VERSION;

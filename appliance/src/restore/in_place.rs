@@ -5,7 +5,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
-use icecore_io_engine::{RestoreStats, TargetState};
+use icecore_io_engine::RestoreStats;
 use icecore_nbd_client::{ExportInfo, Uri};
 use icecore_repository::DiskReader;
 
@@ -94,10 +94,11 @@ impl Restore<'_> {
             if export.read_only() {
                 return Err(Failure::refused(tried, "the export is read-only"));
             }
-            require_room(export.reachable_bytes(), wanted, tried)
+            require_room(export.reachable_bytes(), wanted, tried).map(|()| wanted)
         };
         let target = nbd::target_lanes(peer, accept, tried).await?;
-        let ran = self.run(reader, target.lanes, TargetState::Unknown, tried).await;
+        let map = target.several.then(|| nbd::data_map(peer, wanted, tried));
+        let ran = self.run(reader, target.lanes, target.state, map, tried).await;
         ran.map_err(|mut failure| {
             let wrote = target.wrote.load(Ordering::Relaxed);
             if wrote && failure.status == Status::Interrupted {
@@ -135,9 +136,9 @@ fn require_room(room: u64, wanted: u64, tried: &str) -> Outcome<()> {
 }
 
 /// An image of our own making has its disk's size, or it is another's.
-pub(super) fn require_size(export: &ExportInfo, wanted: u64, tried: &str) -> Outcome<()> {
+pub(super) fn require_size(export: &ExportInfo, wanted: u64, tried: &str) -> Outcome<u64> {
     if export.size_bytes == wanted {
-        return Ok(());
+        return Ok(wanted);
     }
     let why = format!("the image is served with {} bytes, not {wanted}", export.size_bytes);
     Err(Failure::failed(tried, why))

@@ -13,7 +13,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use icecore_io_engine::{EngineError, Lane, LaneSet, RestoreStats, TargetState, Verify};
+use icecore_io_engine::{DataMap, EngineError, Lane, LaneSet, RestoreStats, TargetState, Verify};
 use icecore_nbd_client::ExportInfo;
 use icecore_repository::{DiskReader, Point, PointDisk, Repository};
 use serde::Serialize;
@@ -119,7 +119,7 @@ impl Restore<'_> {
         let kept = file.try_clone().map_err(failed)?;
         let set = Lane::files(file, FILE_LANES).map_err(|e| Failure::failed(tried, e))?;
         let lanes = Lanes { set, hang_up: Vec::new() };
-        let stats = self.run(reader, lanes, TargetState::Blank, tried).await?;
+        let stats = self.run(reader, lanes, TargetState::Blank, None, tried).await?;
         kept.sync_all().map_err(failed)?;
         Ok(stats)
     }
@@ -140,7 +140,8 @@ impl Restore<'_> {
         let size_bytes = reader.size_bytes();
         let accept = |export: &ExportInfo| in_place::require_size(export, size_bytes, tried);
         let lanes = nbd::target_lanes(&peer, accept, tried).await?.lanes;
-        let stats = self.run(reader, lanes, TargetState::Blank, tried).await?;
+        let map = Some(nbd::data_map(&peer, size_bytes, tried));
+        let stats = self.run(reader, lanes, TargetState::Blank, map, tried).await?;
         daemon.stop()?;
         File::open(partial).and_then(|file| file.sync_all()).map_err(failed)?;
         Ok(stats)
@@ -151,13 +152,20 @@ impl Restore<'_> {
         reader: DiskReader,
         lanes: Lanes,
         state: TargetState,
+        map: Option<DataMap>,
         tried: &str,
     ) -> Outcome<RestoreStats> {
         let mut set =
             LaneSet::new(lanes.set, self.context.engine).map_err(|e| Failure::failed(tried, e))?;
+        if let Some(map) = map {
+            set = set.with_map(map);
+        }
         let _hang_up = lanes.hang_up;
         let options = data::options(self.context, &self.interrupt.flag());
-        let meter = Meter::new(reader.size_bytes(), options.control.progress.clone());
+        let mut meter = Meter::new(reader.size_bytes(), options.control.progress.clone());
+        if self.verify == Verify::ReadBack {
+            meter = meter.with_read_back();
+        }
         let _shown =
             Progress::show(format!("restoring {}", self.point.vm), meter, self.context.quiet);
         let (hasher, verify) = (self.repository.hasher(), self.verify);

@@ -5,9 +5,8 @@
 
 use std::path::{Path, PathBuf};
 
-use icecore_io_engine::BlockRange;
-
-use super::{Chosen, Known, Rollback, RolledBack, RolledBackDisk, ranges};
+use super::ranges::{self, Ranges};
+use super::{Chosen, Known, Plan, Rollback, RolledBack, RolledBackDisk};
 use crate::backup::Backup;
 use crate::capture::Capture;
 use crate::capture::image::{ImageCapture, Named};
@@ -164,8 +163,8 @@ impl Rollback<'_> {
         let mut plans = Vec::with_capacity(held.len());
         for image in &held {
             // One of another size is looked at when it has the wanted one.
-            let plan = if image.resized() { Vec::new() } else { self.plan(image).await? };
-            plans.push(plan);
+            let resized = image.resized();
+            plans.push(if resized { None } else { Some(self.plan(image).await?) });
         }
         self.interrupt.check(self.tried)?;
         self.note_writing(held.iter().map(|image| image.path.clone()).collect())?;
@@ -185,15 +184,18 @@ impl Rollback<'_> {
     async fn write_all(
         &self,
         held: &mut [Held],
-        plans: Vec<Vec<BlockRange>>,
+        plans: Vec<Option<Plan>>,
         dir: &RunDir,
     ) -> Outcome<Vec<RolledBackDisk>> {
         let mut disks = Vec::with_capacity(held.len());
-        for (image, mut plan) in held.iter_mut().zip(plans) {
-            if image.resized() {
-                self.resize(image, dir)?;
-                plan = self.plan(image).await?;
-            }
+        for (image, plan) in held.iter_mut().zip(plans) {
+            let plan = match plan {
+                Some(plan) => plan,
+                None => {
+                    self.resize(image, dir)?;
+                    self.plan(image).await?
+                }
+            };
             disks.push(self.write(&image.disk.seen.id, &image.peer(), plan).await?);
         }
         Ok(disks)
@@ -209,7 +211,7 @@ impl Rollback<'_> {
     }
 
     /// The blocks to write to an image: read under its lock.
-    async fn plan(&self, image: &Held) -> Outcome<Vec<BlockRange>> {
+    async fn plan(&self, image: &Held) -> Outcome<Plan> {
         let peer = image.peer();
         let bitmap = image.known.as_ref().map(|known| known.base.bitmap.to_string());
         let mut control = nbd::control(&peer, bitmap.as_deref(), self.tried).await?;
@@ -221,7 +223,9 @@ impl Rollback<'_> {
         let block = u64::from(self.repository.block_size().bytes());
         if served < wanted {
             // Only a dry run comes here: it cannot read what is yet to be there.
-            return Ok(vec![BlockRange { first: 0, count: wanted.div_ceil(block) }]);
+            let mut ranges = Ranges::default();
+            ranges.add(0, wanted.div_ceil(block));
+            return Ok(Plan { ranges, bytes: wanted });
         }
         let dirty = match (&image.known, bitmap) {
             (Some(known), Some(name)) => {
@@ -231,28 +235,27 @@ impl Rollback<'_> {
             _ => None,
         };
         control.disconnect().await.map_err(|e| Failure::failed(self.tried, e))?;
-        self.ranges(&image.disk, image.known.as_ref().zip(dirty), &peer).await
+        self.plan_of(&image.disk, image.known.as_ref().zip(dirty), &peer).await
     }
 
     async fn described_all(&self, held: &[Held]) -> Outcome<Vec<RolledBackDisk>> {
         let mut disks = Vec::with_capacity(held.len());
         for image in held {
             let plan = self.plan(image).await?;
-            disks.push(self.described(&image.disk, &plan));
+            disks.push(described(&image.disk, &plan));
         }
         Ok(disks)
     }
+}
 
-    /// What a dry run says of a disk.
-    pub(super) fn described(&self, disk: &Chosen, blocks: &[BlockRange]) -> RolledBackDisk {
-        let block = u64::from(self.repository.block_size().bytes());
-        RolledBackDisk {
-            disk: disk.seen.id.to_string(),
-            differing_bytes: ranges::bytes(blocks, block, disk.wanted.size_bytes),
-            written_bytes: 0,
-            verified: false,
-            seconds: 0.0,
-        }
+/// What a dry run says of a disk.
+pub(super) fn described(disk: &Chosen, plan: &Plan) -> RolledBackDisk {
+    RolledBackDisk {
+        disk: disk.seen.id.to_string(),
+        differing_bytes: plan.bytes,
+        written_bytes: 0,
+        verified: false,
+        seconds: 0.0,
     }
 }
 

@@ -2,14 +2,13 @@
 
 use std::path::PathBuf;
 
-use icecore_io_engine::BlockRange;
 use icecore_qmp::capture::RunId;
 use icecore_qmp::guardian::GuardianClient;
 use icecore_qmp::guardian::protocol::{Restart, SwapAway, SwapDisk, WritableDisk};
 use icecore_qmp::inventory::Disk;
 use icecore_qmp::recover::{Intents, RollbackIntent};
 
-use super::{Chosen, Known, Rollback, RolledBack, ranges};
+use super::{Chosen, Known, Plan, Rollback, RolledBack, ranges};
 use crate::capture::qmp::{QmpCapture, Settings, failure, guardian_base};
 use crate::capture::scratch::ScratchDir;
 use crate::capture::{Capture, Data, DirtyMap, Fate, SeenDisk, Task};
@@ -136,9 +135,9 @@ impl Rollback<'_> {
         self.interrupt.check(self.tried)?;
         held.begin_writing(self.tried).await?;
         let mut rolled = Vec::with_capacity(chosen.len());
-        for ((chosen, blocks), writable) in chosen.iter().zip(plans).zip(&exposed) {
+        for ((chosen, plan), writable) in chosen.iter().zip(plans).zip(&exposed) {
             let peer = Peer::of_qemu(&held.socket, &writable.export, &held.guardian);
-            rolled.push(self.write(&chosen.seen.id, &peer, blocks).await?);
+            rolled.push(self.write(&chosen.seen.id, &peer, plan).await?);
         }
         held.let_go(self.request.restart, self.tried).await?;
         Ok(rolled)
@@ -169,7 +168,7 @@ impl Rollback<'_> {
         chosen: &Chosen,
         known: Option<&Known>,
         writable: &WritableDisk,
-    ) -> Outcome<Vec<BlockRange>> {
+    ) -> Outcome<Plan> {
         let dirty = match (known, &writable.map_export, &writable.dirty_context) {
             (Some(known), Some(map), Some(context)) => {
                 let name = context.strip_prefix("qemu:dirty-bitmap:").unwrap_or(context);
@@ -182,7 +181,7 @@ impl Rollback<'_> {
             _ => None,
         };
         let uri = Peer::of_qemu(&held.socket, &writable.export, &held.guardian);
-        self.ranges(chosen, known.zip(dirty), &uri).await
+        self.plan_of(chosen, known.zip(dirty), &uri).await
     }
 
     /// What a rollback would write now; the guest runs on.
@@ -234,8 +233,8 @@ impl Rollback<'_> {
                 }
                 _ => None,
             };
-            let blocks = self.ranges(disk, known.as_ref().zip(dirty), uri).await?;
-            described.push(self.described(disk, &blocks));
+            let plan = self.plan_of(disk, known.as_ref().zip(dirty), uri).await?;
+            described.push(super::image::described(disk, &plan));
         }
         capture.release().await?;
         Ok(described)

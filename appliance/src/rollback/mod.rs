@@ -10,7 +10,7 @@ mod write;
 
 pub use live::Live;
 
-use icecore_io_engine::{BlockRange, LaneSet};
+use icecore_io_engine::LaneSet;
 use icecore_qmp::bitmap::{NamePart, Owner};
 use icecore_repository::{DiskId, DiskReader, Point, PointDisk, Repository};
 use serde::Serialize;
@@ -22,8 +22,10 @@ use crate::failure::{Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::job::Job;
 use crate::nbd::{self, Peer};
+use crate::progress::{Meter, Progress};
 use crate::report::BackupReport;
 use crate::state::JobStatus;
+use ranges::{Compared, Ranges};
 
 /// What the user asked for, validated.
 #[derive(Debug)]
@@ -40,6 +42,8 @@ pub struct Request {
 #[derive(Debug, Serialize)]
 pub struct RolledBackDisk {
     pub disk: String,
+    /// Of a dry run, and where the whole disk was compared: bytes of the blocks that differ. Else of
+    /// those that may differ: they are written unread.
     pub differing_bytes: u64,
     pub written_bytes: u64,
     pub verified: bool,
@@ -79,6 +83,14 @@ struct Chosen {
 struct Known {
     point: Point,
     base: Base,
+}
+
+/// What is to be done with one disk.
+struct Plan {
+    /// The blocks to write.
+    ranges: Ranges,
+    /// Bytes that differ, or may differ where they were not read.
+    bytes: u64,
 }
 
 impl Rollback<'_> {
@@ -151,25 +163,46 @@ impl Rollback<'_> {
             .map_err(|e| Failure::from_repository(self.tried, e))
     }
 
-    /// The blocks to write. `dirty` is what changed since `known`; without it everything is read.
-    async fn ranges(
+    /// The blocks to write. `dirty` is what changed since `known`; without it everything is read. A
+    /// dry run reads what may differ, too, to tell what does.
+    async fn plan_of(
         &self,
         chosen: &Chosen,
-        dirty: Option<(&Known, Vec<BlockRange>)>,
+        dirty: Option<(&Known, Ranges)>,
         uri: &Peer,
-    ) -> Outcome<Vec<BlockRange>> {
+    ) -> Outcome<Plan> {
         let wanted = self.reader(self.point, &chosen.seen.id)?;
-        match dirty {
+        let (block, size) = (u64::from(wanted.block_size().bytes()), wanted.size_bytes());
+        let (among, all) = match dirty {
             Some((known, dirty)) => {
                 let from = self.reader(&known.point, &chosen.seen.id)?;
-                ranges::union(dirty, wanted.diff(&from))
-                    .map_err(|e| Failure::from_repository(self.tried, e))
+                let among = ranges::union(dirty, wanted.diff(&from))
+                    .map_err(|e| Failure::from_repository(self.tried, e))?;
+                (among, false)
             }
-            None => self.compared(wanted, uri).await,
+            None => {
+                let mut all = Ranges::default();
+                if size > 0 {
+                    all.add(0, size.div_ceil(block));
+                }
+                (all, true)
+            }
+        };
+        if !all && !self.request.dry_run {
+            let bytes = among.bytes(block, size);
+            return Ok(Plan { ranges: among, bytes });
         }
+        let found = self.compared(&chosen.seen.id, wanted, among, uri).await?;
+        Ok(Plan { ranges: found.ranges, bytes: found.bytes })
     }
 
-    async fn compared(&self, wanted: DiskReader, uri: &Peer) -> Outcome<Vec<BlockRange>> {
+    async fn compared(
+        &self,
+        disk: &DiskId,
+        wanted: DiskReader,
+        among: Ranges,
+        uri: &Peer,
+    ) -> Outcome<Compared> {
         let lanes = nbd::lanes(uri, self.tried).await?;
         let mut set = LaneSet::new(lanes.set, self.context.engine)
             .map_err(|e| Failure::failed(self.tried, e))?;
@@ -177,9 +210,12 @@ impl Rollback<'_> {
         let mut options = crate::data::options(self.context, &self.interrupt.flag());
         let activity = self.job.activity();
         options.control.pulse = activity.pulse.clone();
+        let bytes = among.bytes(u64::from(wanted.block_size().bytes()), wanted.size_bytes());
+        let meter = Meter::new(bytes, options.control.progress.clone());
+        let _shown = Progress::show(format!("comparing {disk}"), meter, self.context.quiet);
         let hasher = self.repository.hasher();
         crate::data::watched(&activity, move || {
-            ranges::compared(&mut set, &wanted, hasher, &options)
+            ranges::compared(&mut set, &wanted, hasher, &among, &options)
         })
         .await
         .map_err(|e| crate::restore::failure(self.tried, e))

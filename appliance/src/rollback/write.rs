@@ -3,12 +3,13 @@
 use std::time::Instant;
 
 use icecore_io_engine::{
-    BlockRange, BlockRanges, EngineError, LaneSet, Options, TargetState, Verify, compare_blocks,
-    dry_run, restore, whole_disk,
+    BlockRange, BlockRanges, EngineError, LaneSet, Options, TargetState, Verify, dry_run,
+    require_blocks, restore, whole_disk,
 };
 use icecore_repository::{BlockHasher, DiskId, DiskReader};
 
-use super::{Rollback, RolledBackDisk, ranges};
+use super::ranges::Ranges;
+use super::{Plan, Rollback, RolledBackDisk};
 use crate::data;
 use crate::failure::{Failure, Outcome};
 use crate::nbd::{self, Peer};
@@ -19,25 +20,21 @@ use crate::restore;
 const SAMPLES: usize = 16;
 
 impl Rollback<'_> {
-    /// Writes `blocks` of the wanted point to the export, reads them back and samples the rest (or
+    /// Writes the blocks of `plan` from the wanted point to the export, reads them back and samples the rest (or
     /// reads everything).
     pub(super) async fn write(
         &self,
         disk: &DiskId,
         uri: &Peer,
-        blocks: Vec<BlockRange>,
+        plan: Plan,
     ) -> Outcome<RolledBackDisk> {
         let started = Instant::now();
         let tried = format!("write disk {disk} back to {}", self.point.id);
         let wanted = self.reader(self.point, disk)?;
         let block = u64::from(wanted.block_size().bytes());
-        let differing_bytes = ranges::bytes(&blocks, block, wanted.size_bytes());
-        let size = nbd::control(uri, None, &tried).await?.export().size_bytes;
-        if size != wanted.size_bytes() {
-            let why = format!("the disk has {size} bytes, the point's {}", wanted.size_bytes());
-            return Err(Failure::failed(&tried, why));
-        }
-        let lanes = nbd::lanes(uri, &tried).await?;
+        let Plan { ranges, bytes: differing_bytes } = plan;
+        let to_write = ranges.bytes(block, wanted.size_bytes());
+        let lanes = nbd::lanes_of_size(uri, wanted.size_bytes(), &tried).await?;
         let mut set =
             LaneSet::new(lanes.set, self.context.engine).map_err(|e| Failure::failed(&tried, e))?;
         let hang_up = lanes.hang_up;
@@ -45,12 +42,12 @@ impl Rollback<'_> {
         let mut options = data::options(self.context, &Default::default());
         let activity = self.job.activity();
         options.control.pulse = activity.pulse.clone();
-        let meter = Meter::new(differing_bytes, options.control.progress.clone());
+        let meter = Meter::new(to_write, options.control.progress.clone()).with_read_back();
         let _shown = Progress::show(format!("rolling back {disk}"), meter, self.context.quiet);
         let (hasher, full) = (self.repository.hasher(), self.request.verify_full);
         let samples = samples(wanted.size_bytes().div_ceil(block), &tried)?;
         let written_bytes = data::watched(&activity, move || {
-            let written = differing(&wanted, hasher, &mut set, &blocks, &options)?;
+            let written = differing(&wanted, hasher, &mut set, &ranges, &options)?;
             match full {
                 true => prove_all(&wanted, hasher, &mut set, &options)?,
                 false => prove_some(&wanted, hasher, &mut set, &samples, &options)?,
@@ -74,10 +71,10 @@ fn differing(
     wanted: &DiskReader,
     hasher: BlockHasher,
     set: &mut LaneSet,
-    blocks: &[BlockRange],
+    blocks: &Ranges,
     options: &Options,
 ) -> Result<u64, EngineError> {
-    let ranges = || -> BlockRanges<'_> { Box::new(blocks.iter().copied().map(Ok)) };
+    let ranges = || -> BlockRanges<'_> { Box::new(blocks.iter().map(Ok)) };
     let state = TargetState::Unknown;
     let stats = restore(wanted, hasher, set, state, Some(&ranges), Verify::ReadBack, options)?;
     Ok(stats.written_bytes)
@@ -105,11 +102,7 @@ fn prove_some(
     options: &Options,
 ) -> Result<(), EngineError> {
     let ranges = || -> BlockRanges<'_> { Box::new(samples.iter().copied().map(Ok)) };
-    let (differing, _) = compare_blocks(set, wanted, hasher, &ranges, options)?;
-    match differing.first.first() {
-        None => Ok(()),
-        Some(first) => Err(EngineError::BlocksDiffer { count: differing.count, first: first.0 }),
-    }
+    require_blocks(set, wanted, hasher, &ranges, options).map(drop)
 }
 
 fn samples(blocks: u64, tried: &str) -> Outcome<Vec<BlockRange>> {

@@ -57,11 +57,20 @@ pub(crate) struct Completion<N> {
 pub(crate) type Done<'a, N> = &'a (dyn Fn(Completion<N>) + Sync);
 
 /// The lanes of one disk with the engine that drives them.
-#[derive(Debug)]
 pub struct LaneSet {
     lanes: Vec<Lane>,
     engine: Engine,
     count: usize,
+    map: Option<DataMap>,
+}
+
+/// Asks where a disk may hold something else than zeroes: a plan of all of it, ascending.
+pub type DataMap = Box<dyn Fn() -> Box<dyn Iterator<Item = PlanItem> + Send> + Send>;
+
+impl std::fmt::Debug for LaneSet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LaneSet").field("lanes", &self.lanes).field("engine", &self.engine).finish()
+    }
 }
 
 impl LaneSet {
@@ -80,7 +89,7 @@ impl LaneSet {
             EngineChoice::Auto if files => EngineChoice::Threads,
             choice => choice,
         };
-        Ok(Self { count: lanes.len(), lanes, engine: choice.resolve()? })
+        Ok(Self { count: lanes.len(), lanes, engine: choice.resolve()?, map: None })
     }
 
     /// Which engine drives them.
@@ -88,16 +97,27 @@ impl LaneSet {
         self.engine
     }
 
-    /// The plan that reads all of a disk of `size` bytes that may be something else than zero:
-    /// what its file system knows as holes is left out, where it is asked of a file.
-    pub(crate) fn may_hold_data(&self, size: u64) -> Box<dyn Iterator<Item = PlanItem> + Send> {
-        let file = self.lanes.iter().find_map(|lane| match lane {
+    /// Has whoever serves the streams be asked by `map` before the whole disk is read, so that what
+    /// is a hole there need not be read. Files are asked without it.
+    #[must_use]
+    pub fn with_map(self, map: DataMap) -> Self {
+        Self { map: Some(map), ..self }
+    }
+
+    /// The file, where the lanes are one.
+    pub(crate) fn file(&self) -> Option<std::fs::File> {
+        self.lanes.iter().find_map(|lane| match lane {
             Lane::File(file) => file.try_clone().ok(),
             Lane::Stream { .. } => None,
-        });
-        match file {
+        })
+    }
+
+    /// The plan that reads all of a disk of `size` bytes that may be something else than zero:
+    /// what its file system or its server knows as zero is left out.
+    pub(crate) fn may_hold_data(&self, size: u64) -> Box<dyn Iterator<Item = PlanItem> + Send> {
+        match self.file() {
             Some(file) => Box::new(DataOfFile { file, at: 0, size }),
-            None => Box::new(whole_disk(size)),
+            None => self.map.as_ref().map_or_else(|| Box::new(whole_disk(size)) as _, |map| map()),
         }
     }
 
@@ -133,7 +153,8 @@ impl LaneSet {
         mut body: impl FnMut(&mut LaneSet) -> Result<(), EngineError>,
     ) -> Result<(), EngineError> {
         for lane in std::mem::take(&mut self.lanes) {
-            let mut single = LaneSet { lanes: vec![lane], engine: self.engine, count: 1 };
+            let mut single =
+                LaneSet { lanes: vec![lane], engine: self.engine, count: 1, map: None };
             body(&mut single)?;
             self.lanes.append(&mut single.lanes);
         }

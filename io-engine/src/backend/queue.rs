@@ -5,7 +5,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
-use crossbeam_channel::{Receiver, SendTimeoutError, Sender, TryRecvError, bounded};
+use crossbeam_channel::{
+    Receiver, RecvTimeoutError, SendTimeoutError, Sender, TryRecvError, bounded,
+};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::Request;
@@ -126,6 +128,16 @@ impl<N> Clone for Intake<N> {
 }
 
 impl<N> Intake<N> {
+    /// As [`next`](Self::next), for a thread that sleeps nowhere else: waits up to 200 ms, and a
+    /// request wakes one such thread instead of all.
+    pub(crate) fn wait(&self) -> Next<N> {
+        match self.receiver.recv_timeout(WAKE) {
+            Ok(request) => Next::Request(request),
+            Err(RecvTimeoutError::Timeout) => Next::Later,
+            Err(RecvTimeoutError::Disconnected) => Next::End,
+        }
+    }
+
     pub(crate) fn next(&self) -> Next<N> {
         match self.receiver.try_recv() {
             Ok(request) => return Next::Request(request),

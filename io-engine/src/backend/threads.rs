@@ -76,9 +76,9 @@ impl<N: Send> Worker<'_, N> {
         let mut lane = FileLane::new(file, 1);
         loop {
             self.check()?;
-            match self.intake.next() {
+            match self.intake.wait() {
                 Next::End => break,
-                Next::Later => self.sleep(None)?,
+                Next::Later => {}
                 Next::Request(request) => {
                     let done = match lane.submit(request)? {
                         Begun::Complete(done) => Some(done),
@@ -193,26 +193,16 @@ impl<N: Send> Worker<'_, N> {
         }
     }
 
-    /// Sleeps until the socket is ready for what is due, or new requests are there.
+    /// Sleeps until the socket is ready for what is due, new requests are there, or 200 ms are over.
     fn wait(&self, fd: &OwnedFd, stream: &mut Stream<N>) -> Result<(), EngineError> {
         let mut events = PollFlags::empty();
         events.set(PollFlags::OUT, stream.sending().is_some());
         events.set(PollFlags::IN, stream.slots.in_flight() > 0);
-        self.sleep((!events.is_empty()).then(|| PollFd::new(fd, events)))
-    }
-
-    /// Sleeps until the bell rings, `socket` is ready, or 200 ms are over.
-    fn sleep(&self, socket: Option<PollFd<'_>>) -> Result<(), EngineError> {
         let bell = self.intake.kick.bell(self.lane);
         let timeout = Timespec::try_from(WAKE).ok();
-        let mut fds = [PollFd::new(bell, PollFlags::IN), PollFd::new(bell, PollFlags::empty())];
-        let used = match socket {
-            Some(socket) => {
-                fds[1] = socket;
-                &mut fds[..]
-            }
-            None => &mut fds[..1],
-        };
+        let mut fds = [PollFd::new(bell, PollFlags::IN), PollFd::new(fd, events)];
+        // A socket that nothing is expected of is not looked at: one that hung up would not sleep.
+        let used = if events.is_empty() { &mut fds[..1] } else { &mut fds[..] };
         match poll(used, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(errno) => {

@@ -2,17 +2,20 @@
 //!
 //! Writes need no order among themselves, so a decoded buffer goes straight to the lanes.
 
+use std::fs::File;
 use std::sync::atomic::Ordering::Relaxed;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
-use icecore_repository::{BlockIndex, Entry};
+use icecore_repository::{BlockIndex, Entry, is_zero};
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
 
 use super::{Options, spawn};
 use crate::backend::{Completion, Feed, LaneSet, Request, queue};
 use crate::buffer::{Buffer, Pool};
 use crate::control::Halt;
-use crate::error::{EngineError, Span};
-use crate::limits::MAX_EFFECT;
+use crate::error::{Cause, EngineError, Span};
+use crate::limits::{MAX_EFFECT, PAGE, SCATTERED_BYTES_MAX};
 use crate::plan::Blocks;
 use crate::stats::Latency;
 use crate::wire::Op;
@@ -24,6 +27,8 @@ pub(crate) enum Step {
     Data(Vec<Entry>),
     /// A run that must read as zeroes.
     Zero { first: u64, count: u64 },
+    /// A run that does read as zeroes already, and shall.
+    Skip { first: u64, count: u64 },
 }
 
 /// Fetches the blocks of entries into a buffer that they fill exactly.
@@ -58,6 +63,45 @@ struct Shared<'a> {
     halt: &'a Halt,
     disk: Blocks,
     pool: Pool,
+    holes: Holes,
+}
+
+/// What is done about zeroes within blocks.
+#[derive(Debug)]
+pub(crate) enum Holes {
+    /// They are written.
+    Fill,
+    /// They are left out: the target is this file, blank, and keeps holes of a page.
+    Keep(File),
+}
+
+impl Holes {
+    /// How many bytes of zeroes at the beginning of `bytes` are left out, and how many bytes to
+    /// write follow.
+    fn cut(&self, bytes: &[u8]) -> (usize, usize) {
+        match self {
+            Self::Fill => (0, bytes.len()),
+            Self::Keep(_) => first_data(bytes),
+        }
+    }
+
+    /// Makes room for a short write. Of itself ext4 sets aside up to 2 MiB around each: a million
+    /// scattered ones then search all of the file system, and fill it.
+    fn allocate(&self, span: Span) -> Result<(), EngineError> {
+        let Self::Keep(file) = self else { return Ok(()) };
+        if span.len >= SCATTERED_BYTES_MAX {
+            return Ok(());
+        }
+        match fallocate(file, FallocateFlags::KEEP_SIZE, span.offset, span.len) {
+            Err(Errno::NOSPC | Errno::DQUOT) => Err(EngineError::Io {
+                op: Op::Write,
+                span,
+                cause: Cause::Os(std::io::Error::from(Errno::NOSPC)),
+            }),
+            // It was a hint: a file system that does not know it takes the write all the same.
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Carries out `steps` on `set`; everything is written, nothing is flushed when it returns.
@@ -66,12 +110,13 @@ pub(crate) fn write(
     disk: Blocks,
     steps: impl Iterator<Item = Result<Step, EngineError>> + Send,
     fetchers: Vec<impl Fetch>,
+    holes: Holes,
     options: &Options,
 ) -> Result<Latency, EngineError> {
     let halt = &Halt::new(options.control.clone());
     let request = set.request_bytes(disk.block)?;
     let _memory = options.take_memory(halt, request)?;
-    let shared = &Shared { halt, disk, pool: Pool::new(options.memory) };
+    let shared = &Shared { halt, disk, pool: Pool::new(options.memory), holes };
     let (feed, intake) = queue::<()>(set.threads())?;
     let (task_in, task_out) = unbounded::<Task>();
     let latency = std::thread::scope(|scope| {
@@ -115,6 +160,10 @@ impl Shared<'_> {
         for step in steps {
             match step? {
                 Step::Zero { first, count } => self.zero(self.disk.span(first, count), zeroes)?,
+                Step::Skip { first, count } => {
+                    let skipped = self.disk.span(first, count).len;
+                    self.halt.control.progress.skipped_bytes.fetch_add(skipped, Relaxed);
+                }
                 Step::Data(entries) => {
                     let Some(first) = entries.first() else { continue };
                     let span = self.disk.span(first.index.0, entries.len() as u64);
@@ -155,11 +204,39 @@ impl Shared<'_> {
             let failed = |source| EngineError::Repository { span, source };
             let first = entries.first().map_or(BlockIndex(0), |entry| entry.index);
             fetcher.fetch(first, &entries, &mut buf).map_err(failed)?;
-            let (offset, len) = (span.offset, span.len as u32);
-            to.send(Request { op: Op::Write, offset, len, buf: Some(buf), note: () }, self.halt)?;
+            self.put(span.offset, buf, to)?;
         }
         Ok(())
     }
+
+    /// Has a buffer written, whole or without its holes.
+    fn put(&self, mut offset: u64, mut buf: Buffer, to: &Feed<()>) -> Result<(), EngineError> {
+        while !buf.is_empty() {
+            let (zeroes, data) = self.holes.cut(&buf);
+            drop(buf.split_to(zeroes));
+            offset += zeroes as u64;
+            // At most one request long, so within 32 bits.
+            let len = data as u32;
+            let part = buf.split_to(data);
+            if len > 0 {
+                self.holes.allocate(Span::new(offset, u64::from(len)))?;
+                let request = Request { op: Op::Write, offset, len, buf: Some(part), note: () };
+                to.send(request, self.halt)?;
+            }
+            offset += u64::from(len);
+        }
+        Ok(())
+    }
+}
+
+/// How many bytes of zero pages `bytes` begins with, and how many bytes of other pages follow.
+fn first_data(bytes: &[u8]) -> (usize, usize) {
+    let length = |zero: bool, of: &[u8]| {
+        let pages = of.chunks(PAGE).take_while(|page| is_zero(page) == zero);
+        pages.map(<[u8]>::len).sum::<usize>()
+    };
+    let zeroes = length(true, bytes);
+    (zeroes, length(false, &bytes[zeroes..]))
 }
 
 /// Makes what was written durable, on each lane in turn: a server may promise nothing across
@@ -176,4 +253,22 @@ pub(crate) fn flush(set: &mut LaneSet, options: &Options) -> Result<Latency, Eng
         halt.outcome()
     })?;
     Ok(latency)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_are_whole_pages() {
+        let mut bytes = vec![0; 4 * PAGE + 100];
+        assert_eq!(first_data(&bytes), (4 * PAGE + 100, 0));
+        bytes[PAGE] = 1;
+        bytes[3 * PAGE - 1] = 1;
+        assert_eq!(first_data(&bytes), (PAGE, 2 * PAGE));
+        assert_eq!(first_data(&bytes[PAGE..]), (0, 2 * PAGE));
+        bytes[4 * PAGE + 99] = 1;
+        assert_eq!(first_data(&bytes[3 * PAGE..]), (PAGE, 100));
+        assert_eq!(first_data(&[]), (0, 0));
+    }
 }
