@@ -1,7 +1,7 @@
 //! Joins the NBD client to the data plane, which knows no NBD.
 
 use std::ops::{Deref, DerefMut};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,14 +36,26 @@ pub const ALLOCATION: &str = "base:allocation";
 #[derive(Debug, Clone)]
 pub struct Peer {
     pub uri: Uri,
-    /// The guardian of the QEMU that serves it: an unread reply of ours would make that QEMU wait.
-    guardian: Option<GuardianClient>,
+    /// For a QEMU with a guest: an unread reply of ours would make that QEMU wait.
+    leash: Option<Arc<dyn Leash>>,
+}
+
+/// Somebody who can end a connection of ours when we cannot.
+pub trait Leash: std::fmt::Debug + Send + Sync {
+    /// Hands over a copy of the connection.
+    fn hold(&self, connection: BorrowedFd<'_>) -> std::io::Result<()>;
+}
+
+impl Leash for GuardianClient {
+    fn hold(&self, connection: BorrowedFd<'_>) -> std::io::Result<()> {
+        self.leash(connection)
+    }
 }
 
 impl Peer {
     /// An export of a server that serves no guest.
     pub fn plain(uri: Uri) -> Self {
-        Self { uri, guardian: None }
+        Self { uri, leash: None }
     }
 
     /// An export on a unix socket of a server that serves no guest.
@@ -52,16 +64,16 @@ impl Peer {
     }
 
     /// An export of a QEMU with a guest.
-    pub fn of_qemu(socket: &Path, export: &str, guardian: &GuardianClient) -> Self {
-        Self { uri: unix_uri(socket, export), guardian: Some(guardian.clone()) }
+    pub fn of_qemu(socket: &Path, export: &str, leash: &(impl Leash + Clone + 'static)) -> Self {
+        Self { uri: unix_uri(socket, export), leash: Some(Arc::new(leash.clone())) }
     }
 
     async fn connect(&self, options: &Options, tried: &str) -> Outcome<(Control, HangUp)> {
         let control = Control::connect(&self.uri, options).await;
         let control = control.map_err(|e| Failure::failed(tried, e))?;
         let failed = |e: std::io::Error| Failure::failed(tried, e);
-        if let Some(guardian) = &self.guardian {
-            guardian.leash(control.as_fd()).map_err(failed)?;
+        if let Some(leash) = &self.leash {
+            leash.hold(control.as_fd()).map_err(failed)?;
         }
         let hang_up = HangUp(control.as_fd().try_clone_to_owned().map_err(failed)?);
         Ok((control, hang_up))

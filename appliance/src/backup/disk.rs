@@ -16,11 +16,11 @@ use icecore_repository::{
 
 use super::{Backup, Chosen, fallback_refused, granularity};
 use crate::capture::changes::{self, Scope};
-use crate::capture::decide::Decision;
+use crate::capture::decide::{Decision, remembered};
 use crate::capture::spool::Spool;
 use crate::capture::trim::Trimmer;
 use crate::capture::trust::{self, Trial};
-use crate::capture::{Capture, Data, DirtyMap, Readable};
+use crate::capture::{Capture, Data, DirtyMap, Readable, Recorder};
 use crate::data::{self, Activity};
 use crate::failure::{Failure, Outcome};
 use crate::nbd::{self, Lanes};
@@ -49,6 +49,7 @@ pub struct DiskResult {
     pub took: Duration,
     identity: String,
     granularity: u64,
+    recorder: Recorder,
 }
 
 impl DiskResult {
@@ -66,7 +67,7 @@ impl DiskResult {
             bitmap: bitmap.map(ToString::to_string),
             granularity: bitmap.map(|_| self.granularity),
             seconds: self.took.as_secs_f64(),
-            extra: serde_json::Map::new(),
+            extra: bitmap.map(|_| remembered(self.recorder)).unwrap_or_default(),
         }
     }
 }
@@ -122,7 +123,8 @@ impl<C: Capture> Backup<'_, C> {
             latency: moved.latency,
             took: started.elapsed(),
             identity,
-            granularity: granularity(self.repository).bytes(),
+            granularity: disk.seen.recorder.granularity(granularity(self.repository)).bytes(),
+            recorder: disk.seen.recorder,
         })
     }
 

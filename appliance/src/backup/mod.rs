@@ -312,7 +312,7 @@ impl<C: Capture> Backup<'_, C> {
                 host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
                 version: env!("CARGO_PKG_VERSION").into(),
             },
-            parts: Vec::new(),
+            parts: self.capture.parts(),
         }
     }
 

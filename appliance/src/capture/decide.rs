@@ -8,7 +8,7 @@ use icecore_qmp::bitmap::{
 };
 use icecore_repository::{DiskId, DiskMode, Point, PointId};
 
-use super::{Base, SeenDisk};
+use super::{Base, Recorder, SeenDisk};
 
 /// What the user asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,12 +74,17 @@ pub fn decide(level: Level, disk: &SeenDisk, parent: Option<&Point>, damaged: bo
         };
         return Decision { parent: None, base: None, doubt };
     };
+    let recorder = parent.map_or(Recorder::Icecore, |point| recorder(point, &disk.id));
     let parent = parent.map(|point| point.id.clone());
     match judged {
         Verdict::Whole(doubt) => Decision { parent, base: None, doubt: Some(doubt) },
         Verdict::Incremental { bitmap, .. } => {
-            let base =
-                Base { bitmap, granularity: found.granularity, size_bytes: found.size_bytes };
+            let base = Base {
+                bitmap,
+                granularity: found.granularity,
+                size_bytes: found.size_bytes,
+                recorder,
+            };
             Decision { parent, base: Some(base), doubt: None }
         }
     }
@@ -94,6 +99,24 @@ fn parent_disk(point: &Point, id: &DiskId) -> Option<ParentDisk> {
         size_bytes: disk.size_bytes,
         identity: icecore_qmp::inventory::Identity(meta.identity.clone()),
     })
+}
+
+/// Where a point remembers that libvirt made the bitmap of a disk.
+const RECORDER: &str = "recorder";
+const LIBVIRT: &str = "libvirt";
+
+/// What a point remembers of who made its bitmap.
+pub fn remembered(recorder: Recorder) -> serde_json::Map<String, serde_json::Value> {
+    let entry = (recorder == Recorder::Libvirt).then(|| (RECORDER.to_owned(), LIBVIRT.into()));
+    entry.into_iter().collect()
+}
+
+fn recorder(point: &Point, id: &DiskId) -> Recorder {
+    let meta = point.meta.disks.iter().find(|meta| &meta.disk == id);
+    match meta.and_then(|meta| meta.extra.get(RECORDER)).and_then(|value| value.as_str()) {
+        Some(LIBVIRT) => Recorder::Libvirt,
+        _ => Recorder::Icecore,
+    }
 }
 
 #[cfg(test)]
@@ -114,6 +137,7 @@ mod tests {
             partial_identity: false,
             bitmaps,
             records: true,
+            recorder: Recorder::Icecore,
             refusal: None,
             read_only: false,
         }

@@ -13,7 +13,7 @@ use icecore_repository::{Consistency, ConsistencyLevel, DiskId};
 use jiff::Timestamp;
 use serde_json::json;
 
-use super::{Base, Capture, Data, DirtyMap, Fate, Readable, SeenDisk, Taken, Task};
+use super::{Base, Capture, Data, DirtyMap, Fate, Readable, Recorder, SeenDisk, Taken, Task};
 use crate::failure::{Failure, Outcome};
 use crate::image::{self, ImageInfo, RunDir, Served, Stamp, StorageDaemon};
 use crate::nbd::Peer;
@@ -279,6 +279,7 @@ fn seen(image: &Image) -> SeenDisk {
         partial_identity: true,
         bitmaps: bitmaps.collect(),
         records: image.info.keeps_bitmaps,
+        recorder: Recorder::Icecore,
         refusal: None,
         read_only: false,
     }

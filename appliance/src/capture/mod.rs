@@ -1,11 +1,12 @@
 //! Captures: ways to hold one instant of a VM's disks still while they are read.
 //!
-//! There is one for a running QEMU ([`qmp`]) and one for powered-off images ([`image`]); the same
-//! reader stands behind both. What is read of each disk is decided in [`decide`].
+//! There is one for a running QEMU ([`qmp`]), one for a domain of libvirt ([`libvirt`]) and one for
+//! powered-off images ([`image`]); the same reader stands behind all. What is read of each disk is decided in [`decide`].
 
 pub mod changes;
 pub mod decide;
 pub mod image;
+pub mod libvirt;
 pub mod qmp;
 pub mod scratch;
 pub mod spool;
@@ -17,7 +18,7 @@ use std::sync::Arc;
 
 use icecore_qmp::bitmap::{Bitmap, BitmapName, Granularity};
 use icecore_qmp::inventory::Identity;
-use icecore_repository::{Consistency, DiskId};
+use icecore_repository::{CapsulePart, Consistency, DiskId};
 use jiff::Timestamp;
 
 use crate::failure::Outcome;
@@ -38,6 +39,8 @@ pub struct SeenDisk {
     pub bitmaps: Vec<Bitmap>,
     /// Whether a bitmap of ours can record on it.
     pub records: bool,
+    /// Who makes its bitmaps.
+    pub recorder: Recorder,
     /// Why it cannot be backed up.
     pub refusal: Option<String>,
     /// The guest cannot write to it: a point without it lacks nothing that changes.
@@ -54,6 +57,25 @@ impl SeenDisk {
     }
 }
 
+/// Who makes the bitmaps of a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recorder {
+    /// We do: in the granularity of the repository, with sentinels.
+    Icecore,
+    /// libvirt does, with its checkpoints: in QEMU's own granularity, without sentinels.
+    Libvirt,
+}
+
+impl Recorder {
+    /// The granularity of new bitmaps; `of_repository` is the one that we choose.
+    pub fn granularity(self, of_repository: Granularity) -> Granularity {
+        match self {
+            Self::Icecore => of_repository,
+            Self::Libvirt => Granularity::DEFAULT,
+        }
+    }
+}
+
 /// Recorded changes since the parent's instant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Base {
@@ -61,6 +83,8 @@ pub struct Base {
     pub granularity: Granularity,
     /// Size of the disk when the bitmap was made.
     pub size_bytes: u64,
+    /// Who made it: it has sentinels, or not.
+    pub recorder: Recorder,
 }
 
 /// What is wanted of one disk.
@@ -134,6 +158,11 @@ pub trait Capture {
 
     /// What recreates the machine.
     fn capsule(&self) -> serde_json::Value;
+
+    /// Binary parts of it, such as the firmware's variables.
+    fn parts(&self) -> Vec<CapsulePart> {
+        Vec::new()
+    }
 
     /// Fixes one instant of the disks in `tasks`; the guest runs again when this returns.
     async fn take(&mut self, tasks: &[Task]) -> Outcome<Taken>;

@@ -14,7 +14,7 @@ use crate::names::human_bytes;
 use crate::state::make_private_dir;
 
 /// This share of the file system stays free whatever the scratch grows to.
-const FREE_PERCENT_MIN: u64 = 10;
+pub const FREE_PERCENT_MIN: u64 = 10;
 /// A qcow2 without a single data cluster takes 256 KiB; less than this holds nothing.
 const SCRATCH_BYTES_MIN: u64 = 512 << 10;
 
@@ -146,6 +146,19 @@ fn cap(size: u64, share: u64, limit: Option<u64>) -> u64 {
 
 /// Bytes that scratch images may take here: half of what is free, and never the last tenth.
 fn room(path: &Path) -> Outcome<u64> {
+    space(path).map(|space| room_of(space.free, space.total))
+}
+
+/// The file system of a scratch directory, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Space {
+    pub free: u64,
+    pub total: u64,
+}
+
+/// Looks at the file system of a scratch directory; one whose delays would reach the guest is
+/// refused.
+pub fn space(path: &Path) -> Outcome<Space> {
     let tried = format!("use {} for scratch images", path.display());
     let system = rustix::fs::statfs(path).map_err(|e| Failure::failed(&tried, e))?;
     let kind = system.f_type & 0xffff_ffff;
@@ -157,7 +170,8 @@ fn room(path: &Path) -> Outcome<u64> {
         .next("name a directory on a local disk with --scratch"));
     }
     let unit = u64::try_from(system.f_bsize).unwrap_or(4096);
-    Ok(room_of(system.f_bavail.saturating_mul(unit), system.f_blocks.saturating_mul(unit)))
+    let (free, total) = (system.f_bavail, system.f_blocks);
+    Ok(Space { free: free.saturating_mul(unit), total: total.saturating_mul(unit) })
 }
 
 fn room_of(free: u64, total: u64) -> u64 {

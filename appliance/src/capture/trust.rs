@@ -9,7 +9,7 @@ use icecore_qmp::bitmap::{Doubt, Sentinels};
 use icecore_repository::{BlockId, BlockIndex, DiskReader, Repository};
 
 use super::spool::Spool;
-use super::{Base, Data, DirtyMap, Readable};
+use super::{Base, Data, DirtyMap, Readable, Recorder};
 use crate::failure::{Failure, Outcome};
 use crate::nbd::{self, Questions};
 
@@ -60,7 +60,15 @@ pub async fn test(
     };
     let mut witness = Witness::connect(readable, map, tried).await?;
     let mut trial = Trial { doubt: None, sampled_blocks: 0 };
-    for range in Sentinels::new(base.size_bytes, base.granularity).ranges() {
+    // libvirt's bitmaps have none: what they would tell (that the disk shrank and grew back) shows in
+    // its holes.
+    let (sentinels, paranoid) = match base.recorder {
+        Recorder::Icecore => {
+            (Some(Sentinels::new(base.size_bytes, base.granularity)), paranoid)
+        }
+        Recorder::Libvirt => (None, true),
+    };
+    for range in sentinels.into_iter().flat_map(Sentinels::ranges) {
         let range = Extent::new(range.start, range.end - range.start);
         if witness.dirty_bytes(range, tried).await? != range.length {
             trial.doubt = Some(Doubt::Contradiction);

@@ -7,7 +7,7 @@ use icecore_nbd_client::{Control, Flow};
 use icecore_qmp::bitmap::Sentinels;
 use icecore_repository::{BlockHasher, BlockIndex, DiskReader, Error};
 
-use crate::capture::Base;
+use crate::capture::{Base, Recorder};
 use crate::failure::{Failure, Outcome};
 
 /// Ranges of one disk's plan, all held before the first block is written: 16 MiB. Where there would
@@ -102,7 +102,8 @@ pub async fn dirty(
         asked.await.map_err(|e| Failure::failed(tried, e))?;
         at = stretch.end();
     }
-    Ok(watch.finish().is_ok().then_some(found))
+    let sound = base.recorder == Recorder::Libvirt || watch.finish().is_ok();
+    Ok(sound.then_some(found))
 }
 
 /// The union of ranges and single blocks, which ascend.

@@ -17,7 +17,7 @@ use rustix::net::{
 };
 
 /// Most descriptors in one message.
-pub(super) const FDS_MAX: usize = 32;
+pub const FDS_MAX: usize = 32;
 
 const FDS_BYTES: usize = rustix::cmsg_space!(ScmRights(FDS_MAX));
 
@@ -29,19 +29,20 @@ const DRAIN_READS_MAX: usize = 4096;
 
 /// The guardian's end.
 #[derive(Debug)]
-pub(super) struct Leash {
+pub struct Leash {
     stream: UnixStream,
     held: Vec<OwnedFd>,
 }
 
 impl Leash {
-    pub(super) fn new(stream: UnixStream) -> std::io::Result<Self> {
+    /// A leash whose other end the worker has.
+    pub fn new(stream: UnixStream) -> std::io::Result<Self> {
         stream.set_nonblocking(true)?;
         Ok(Self { stream, held: Vec::new() })
     }
 
     /// Ends all connections that the worker has handed over.
-    pub(super) fn cut(&mut self) {
+    pub fn cut(&mut self) {
         if let Err(error) = self.collect() {
             tracing::warn!(%error, "a data connection cannot be ended");
         }
@@ -52,7 +53,7 @@ impl Leash {
 
     /// Takes what the worker has sent, and lets go of what has ended. An error: a connection
     /// came and could not be taken, so it could not be ended either.
-    pub(super) fn collect(&mut self) -> std::io::Result<()> {
+    pub fn collect(&mut self) -> std::io::Result<()> {
         self.held.retain(|fd| !has_ended(fd));
         loop {
             match receive_fds(self.stream.as_fd()) {
@@ -88,7 +89,7 @@ fn end(fd: &OwnedFd) {
 }
 
 /// Sends one byte and descriptors with it.
-pub(super) fn send_fds(stream: BorrowedFd<'_>, fds: &[BorrowedFd<'_>]) -> std::io::Result<()> {
+pub fn send_fds(stream: BorrowedFd<'_>, fds: &[BorrowedFd<'_>]) -> std::io::Result<()> {
     if fds.len() > FDS_MAX {
         let message = format!("at most {FDS_MAX} descriptors go to a guardian at once");
         return Err(std::io::Error::new(ErrorKind::InvalidInput, message));
@@ -103,7 +104,7 @@ pub(super) fn send_fds(stream: BorrowedFd<'_>, fds: &[BorrowedFd<'_>]) -> std::i
 }
 
 /// Receives what [`send_fds`] sent: bytes read (0 at the end) and the descriptors.
-pub(super) fn receive_fds(stream: BorrowedFd<'_>) -> std::io::Result<(usize, Vec<OwnedFd>)> {
+pub fn receive_fds(stream: BorrowedFd<'_>) -> std::io::Result<(usize, Vec<OwnedFd>)> {
     let mut byte = [0];
     let mut space = [MaybeUninit::uninit(); FDS_BYTES];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);

@@ -7,7 +7,7 @@
 mod client;
 mod flow;
 mod keeper;
-mod leash;
+pub mod leash;
 pub mod probe;
 pub mod protocol;
 mod rollback;

@@ -24,7 +24,7 @@ use jiff::Timestamp;
 use serde_json::json;
 
 use super::scratch::{Owner as User, ScratchDir};
-use super::{Base, Capture, Data, DirtyMap, Fate, Readable, SeenDisk, Taken, Task};
+use super::{Base, Capture, Data, DirtyMap, Fate, Readable, Recorder, SeenDisk, Taken, Task};
 use crate::data::Activity;
 use crate::failure::{Failure, Outcome, Status};
 use crate::interrupt::Interrupt;
@@ -459,6 +459,7 @@ fn seen(disk: &Disk) -> Outcome<SeenDisk> {
         partial_identity: false,
         bitmaps: disk.bitmaps.clone(),
         records: true,
+        recorder: Recorder::Icecore,
         refusal: disk.refusal.as_ref().map(ToString::to_string),
         read_only: disk.refusal == Some(Refusal::ReadOnly),
     })
