@@ -17,6 +17,7 @@ mod guardian_process;
 mod image;
 mod interrupt;
 mod job;
+mod libvirt;
 mod names;
 mod nbd;
 mod output;

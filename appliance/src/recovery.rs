@@ -15,7 +15,10 @@ use crate::capture::qmp::failure;
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
 use crate::guardian_process;
+use crate::libvirt::checkpoint::CheckpointName;
+use crate::libvirt::{Domain, Virsh, recover};
 use crate::points::is_alive;
+use crate::state::LibvirtRun;
 use crate::state::intents;
 use crate::state::jobs::{self, JobKind, JobRecord, JobStatus};
 use crate::state::locks::{Lock, LockKey};
@@ -77,9 +80,13 @@ async fn recover(
     let Some(mut record) = now.filter(|record| !record.status.is_final()) else { return Ok(None) };
     let job = record.job.to_string();
     let writing = !record.writing.is_empty() || was_writing(context, &record);
-    let left = match record.qmp.clone() {
-        Some(qmp) => recover_qemu(context, &record, &qmp, own, &tried).await?,
-        None => Vec::new(),
+    let left = match (record.qmp.clone(), record.libvirt.clone()) {
+        (Some(qmp), _) => recover_qemu(context, &record, &qmp, own, &tried).await?,
+        (None, Some(run)) => {
+            recover_libvirt(context, &record, &run, writing, &tried).await?;
+            Vec::new()
+        }
+        (None, None) => Vec::new(),
     };
     if !left.is_empty() {
         return Ok(Some(Recovered { job, what: "something is left".into(), left }));
@@ -161,6 +168,44 @@ async fn recover_qemu(
     }
     let released = guardian.recover(facts, socket).await.map_err(|e| failure(tried, e))?;
     Ok(released.left)
+}
+
+/// Undoes what is left in libvirt: a guest that may be frozen, a job, checkpoints, a domain that was
+/// stopped for nothing.
+async fn recover_libvirt(
+    context: &Context,
+    record: &JobRecord,
+    run: &LibvirtRun,
+    writing: bool,
+    tried: &str,
+) -> Outcome<()> {
+    // A warden that is still undoing the run ends first.
+    let key = LockKey::warden(&run.uuid);
+    let _lock = Lock::wait_for_guardian(&context.state, &key, tried).await?;
+    let virsh = Virsh::new(&run.uri)?;
+    let domain = Domain { virsh, name: run.uuid.clone(), uuid: run.uuid.clone() };
+    let socket = record.scratch.clone().unwrap_or_default().join("nbd.sock");
+    let Some(observed) = recover::observe(&domain, &socket, tried)? else { return Ok(()) };
+    let facts = recover::Facts {
+        froze: run.freezes && record.status == JobStatus::Creating,
+        restart: run.restart && !writing,
+        commit: match commit_state(context, record).await {
+            CommitState::Committed => recover::Commit::Committed,
+            CommitState::NotCommitted => recover::Commit::NotCommitted,
+            CommitState::Unknown => recover::Commit::Unknown,
+        },
+        checkpoint: checkpoint_of(record),
+    };
+    for effect in recover::effects(&facts, &observed) {
+        recover::carry_out(&domain, &effect, &socket).map_err(|e| e.failure(tried))?;
+    }
+    Ok(())
+}
+
+fn checkpoint_of(record: &JobRecord) -> Option<CheckpointName> {
+    let part = |text: &Option<String>| NamePart::new(text.clone()?).ok();
+    let (repository, chain) = (part(&record.repository_id)?, part(&record.chain)?);
+    Some(CheckpointName { repository, chain, point: part(&record.point)? })
 }
 
 /// Whether the run's point is in the repository. One that does not answer decides nothing.

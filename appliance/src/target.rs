@@ -10,6 +10,8 @@ use crate::cli::VmArgs;
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
 use crate::guardian_process;
+use crate::libvirt::warden::WardenClient;
+use crate::libvirt::{Domain, Virsh};
 use crate::state::locks::{Lock, LockKey};
 
 /// How the VM is reached.
@@ -17,6 +19,8 @@ use crate::state::locks::{Lock, LockKey};
 pub enum Reach {
     /// It runs.
     Qmp { qmp: PathBuf, qga: Option<PathBuf> },
+    /// libvirt has it, whether it runs or not.
+    Libvirt(Domain),
     /// It is off.
     Images(Vec<Named>),
 }
@@ -56,9 +60,14 @@ impl Vm {
     }
 
     fn in_place(args: &VmArgs, tried: &str) -> Outcome<Self> {
+        if let [uri, domain] = args.libvirt.as_slice() {
+            let domain = Domain::find(Virsh::new(uri)?, domain, tried)?;
+            let name = vm_name(args.name.as_ref().unwrap_or(&domain.name), tried)?;
+            return Ok(Self { name, reach: Reach::Libvirt(domain), disks: Vec::new() });
+        }
         let Some(name) = &args.name else {
             return Err(Failure::usage(tried, "no VM is named")
-                .next("write a configured VM's name, or --name with --qmp or --image"));
+                .next("write a configured VM's name, --libvirt, or --name with --qmp or --image"));
         };
         let reach = match &args.qmp {
             Some(qmp) => Reach::Qmp { qmp: qmp.clone(), qga: args.qga.clone() },
@@ -75,7 +84,7 @@ impl Vm {
     pub fn qmp(&self) -> Option<&Path> {
         match &self.reach {
             Reach::Qmp { qmp, .. } => Some(qmp),
-            Reach::Images(_) => None,
+            Reach::Libvirt(_) | Reach::Images(_) => None,
         }
     }
 
@@ -84,6 +93,7 @@ impl Vm {
         let mut keys = vec![LockKey::vm(self.name.as_str())];
         match &self.reach {
             Reach::Qmp { qmp, .. } => keys.push(LockKey::file(qmp)),
+            Reach::Libvirt(domain) => keys.push(LockKey::domain(&domain.uuid)),
             Reach::Images(images) => keys.extend(images.iter().map(|i| LockKey::file(&i.path))),
         }
         keys
@@ -102,6 +112,13 @@ pub async fn guard(
     let connected = guardian.connect(qmp.to_owned(), qga).await;
     connected.map_err(|e| crate::capture::qmp::failure(tried, e))?;
     Ok(guardian)
+}
+
+/// Starts a warden for a domain; one that still undoes an earlier run is waited for.
+pub async fn watch_over(context: &Context, domain: &Domain, tried: &str) -> Outcome<WardenClient> {
+    let key = LockKey::warden(&domain.uuid);
+    let lock = Lock::wait_for_guardian(&context.state, &key, tried).await?;
+    WardenClient::start(domain, lock, tried)
 }
 
 /// The user that a QEMU process runs as now: it may have given up its rights since it began

@@ -7,15 +7,16 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use icecore_qmp::bitmap::{Bitmap, BitmapName, Granularity, NamePart, Owner};
+use icecore_qmp::bitmap::{Bitmap, Granularity, NamePart, Owner};
 use icecore_qmp::inventory::Identity;
-use icecore_repository::{Consistency, ConsistencyLevel, DiskId};
+use icecore_repository::{CapsulePart, Consistency, ConsistencyLevel, DiskId};
 use jiff::Timestamp;
 use serde_json::json;
 
 use super::{Base, Capture, Data, DirtyMap, Fate, Readable, Recorder, SeenDisk, Taken, Task};
 use crate::failure::{Failure, Outcome};
-use crate::image::{self, ImageInfo, RunDir, Served, Stamp, StorageDaemon};
+use crate::image::{self, Format, ImageInfo, RunDir, Served, Stamp, StorageDaemon};
+use crate::libvirt::checkpoint::{CheckpointName, remembered_name};
 use crate::nbd::Peer;
 use crate::report::Unprotected;
 
@@ -24,6 +25,26 @@ use crate::report::Unprotected;
 pub struct Named {
     pub id: DiskId,
     pub path: PathBuf,
+    /// Its format, where somebody knows better than the file.
+    pub format: Option<Format>,
+}
+
+impl Named {
+    /// Its format.
+    pub fn format(&self) -> Outcome<Format> {
+        let tried = || format!("look at the image {}", self.path.display());
+        let found = self.format.map_or_else(|| image::of_file(&self.path), Ok);
+        found.map_err(|e| Failure::failed(tried(), e))
+    }
+}
+
+/// The domain of libvirt that the images belong to.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    pub capsule: serde_json::Value,
+    pub parts: Vec<CapsulePart>,
+    /// Disks of it that are in no image, and why they cannot be backed up.
+    pub refused: Vec<(DiskId, String)>,
 }
 
 /// Reads `[ID=]FILE`. Without an id the file's name up to its extension is it.
@@ -42,7 +63,7 @@ pub fn parse_named(text: &str) -> Outcome<Named> {
     })?;
     let path = std::fs::canonicalize(&path).map_err(|e| Failure::failed(&tried, e))?;
     image::utf8(&path, &tried)?;
-    Ok(Named { id, path })
+    Ok(Named { id, path, format: None })
 }
 
 #[derive(Debug)]
@@ -50,7 +71,8 @@ struct Image {
     named: Named,
     info: ImageInfo,
     stamp: Option<Stamp>,
-    added: Option<BitmapName>,
+    /// The name of the bitmap that was added.
+    added: Option<String>,
     daemon: Option<StorageDaemon>,
 }
 
@@ -62,6 +84,7 @@ pub struct ImageCapture {
     tasks: Vec<Task>,
     granularity: Granularity,
     repository: NamePart,
+    machine: Option<Machine>,
     // Dropped after the daemons, whose sockets are in it.
     dir: RunDir,
     tried: String,
@@ -78,7 +101,7 @@ impl ImageCapture {
     ) -> Outcome<Self> {
         let mut images = Vec::with_capacity(named.len());
         for named in named {
-            let format = image::of_file(&named.path).map_err(|e| Failure::failed(tried, e))?;
+            let format = named.format()?;
             image::require_unlocked(&named.path, format, tried)?;
             let info = image::info(&named.path, format)?;
             images.push(Image { named, info, stamp: None, added: None, daemon: None });
@@ -89,9 +112,18 @@ impl ImageCapture {
             tasks: Vec::new(),
             granularity,
             repository,
+            machine: None,
             dir: RunDir::at(dir),
             tried: tried.to_owned(),
         })
+    }
+
+    /// The images are those of a domain of libvirt: their bitmaps are its checkpoints.
+    pub fn of_machine(mut self, machine: Option<Machine>) -> Self {
+        let refused = machine.iter().flat_map(|machine| &machine.refused);
+        self.disks.extend(refused.map(|(id, why)| refused_disk(id, why)));
+        self.machine = machine;
+        self
     }
 
     fn image(&mut self, at: usize) -> &mut Image {
@@ -114,8 +146,11 @@ impl ImageCapture {
         let Some(bitmap) = self.tasks[at].bitmap.clone() else { return Ok(()) };
         let (dir, granularity) = (self.made_dir()?, self.granularity);
         let tried = self.tried.clone();
+        let name = match self.machine {
+            Some(_) => CheckpointName::of(&bitmap).to_string(),
+            None => bitmap.to_string(),
+        };
         let image = self.image(at);
-        let name = bitmap.to_string();
         image::add_bitmap(
             &image.named.path,
             &name,
@@ -124,7 +159,7 @@ impl ImageCapture {
             &dir,
             &tried,
         )?;
-        image.added = Some(bitmap);
+        image.added = Some(name);
         Ok(())
     }
 
@@ -166,6 +201,9 @@ impl Capture for ImageCapture {
     }
 
     fn capsule(&self) -> serde_json::Value {
+        if let Some(machine) = &self.machine {
+            return machine.capsule.clone();
+        }
         let disks: Vec<_> = self
             .images
             .iter()
@@ -178,6 +216,10 @@ impl Capture for ImageCapture {
             })
             .collect();
         json!({ "source": "images", "disks": disks })
+    }
+
+    fn parts(&self) -> Vec<CapsulePart> {
+        self.machine.as_ref().map(|machine| machine.parts.clone()).unwrap_or_default()
     }
 
     async fn take(&mut self, tasks: &[Task]) -> Outcome<Taken> {
@@ -209,7 +251,7 @@ impl Capture for ImageCapture {
         // One at a time: each costs a process and the memory of its caches.
         self.images.iter_mut().for_each(|image| image.daemon = None);
         let image = self.image(at);
-        let bitmap = base.map(|base| base.bitmap.to_string());
+        let bitmap = base.map(|base| image.info.name_of(&base.bitmap));
         let served = Served::Shared { bitmap: bitmap.clone() };
         let daemon = StorageDaemon::start(&image.named.path, image.info.format, &served, &dir)?;
         let uri = Peer::on_socket(daemon.socket(), daemon.export());
@@ -240,11 +282,12 @@ impl Capture for ImageCapture {
             let unchanged = is_as_stamped(image);
             match fate {
                 Fate::Unknown => {}
-                Fate::NotCommitted => self.remove_bitmap(image, &added.to_string()),
+                Fate::NotCommitted => self.remove_bitmap(image, added),
                 Fate::Committed => {
                     let old = image.info.bitmaps.iter().map(|bitmap| &bitmap.name);
                     let ours = old.filter(|name| {
-                        matches!(Owner::of(name, &self.repository), Owner::ThisRepository(_))
+                        let name = remembered_name(name, &image.named.id);
+                        matches!(Owner::of(&name, &self.repository), Owner::ThisRepository(_))
                     });
                     ours.for_each(|name| self.remove_bitmap(image, name));
                 }
@@ -262,9 +305,23 @@ fn is_as_stamped(image: &Image) -> bool {
     Stamp::of(&image.named.path, &image.info).ok() == image.stamp
 }
 
+fn refused_disk(id: &DiskId, why: &str) -> SeenDisk {
+    SeenDisk {
+        id: id.clone(),
+        size_bytes: 0,
+        identity: Identity(format!("id={id}")),
+        partial_identity: true,
+        bitmaps: Vec::new(),
+        records: false,
+        recorder: Recorder::Icecore,
+        refusal: Some(why.to_owned()),
+        read_only: false,
+    }
+}
+
 fn seen(image: &Image) -> SeenDisk {
     let bitmaps = image.info.bitmaps.iter().map(|bitmap| Bitmap {
-        name: bitmap.name.clone(),
+        name: remembered_name(&bitmap.name, &image.named.id),
         granularity_bytes: bitmap.granularity,
         dirty_bytes: 0,
         recording: bitmap.recording(),

@@ -124,10 +124,14 @@ pub enum Command {
     /// The process that keeps the guest safe while a run is under way (started by icecore)
     #[command(name = "__guardian", hide = true)]
     Guardian,
+    /// The process that keeps a domain of libvirt safe while a run is under way (started by icecore)
+    #[command(name = "__warden", hide = true)]
+    Warden,
 }
 
 const BACKUP_EXAMPLES: &str = "Examples:
   icecore backup --qmp /run/vm1.qmp --qga /run/vm1.qga --name vm1 --repo /backup
+  icecore backup --libvirt qemu:///system vm1 --repo /backup
   icecore backup --image vda=/images/vm2.qcow2 --name vm2 --repo /backup --level full
   icecore backup vm1 --repo /backup --disk vda --json";
 

@@ -24,6 +24,9 @@ pub fn run() -> ExitCode {
     if matches!(cli.command, Command::Guardian) {
         return guardian_process::run();
     }
+    if matches!(cli.command, Command::Warden) {
+        return crate::libvirt::warden::run();
+    }
     start_log(cli.global.verbose);
     match run_command(cli) {
         Ok(status) => ExitCode::from(status),
@@ -70,8 +73,8 @@ async fn dispatch(context: &Context, command: Command) -> Outcome<u8> {
         Command::Doctor(args) => commands::doctor::run(context, args).await,
         Command::Completions(args) => commands::generate::completions(args),
         Command::Man(args) => commands::generate::man(&args.dir),
-        // Both were dealt with before there was a context.
-        Command::Guardian | Command::Config(_) => {
+        // They were dealt with before there was a context.
+        Command::Guardian | Command::Warden | Command::Config(_) => {
             Err(Failure::usage("run a command", "it has a way of its own"))
         }
     }

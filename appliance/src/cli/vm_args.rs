@@ -8,7 +8,7 @@ use clap::Args;
 #[derive(Debug, Clone, Default, Args)]
 pub struct VmArgs {
     /// A VM of the configuration, by name
-    #[arg(value_name = "VM", conflicts_with_all = ["qmp", "image"])]
+    #[arg(value_name = "VM", conflicts_with_all = ["qmp", "image", "libvirt"])]
     pub vm: Option<String>,
     /// The QMP socket of a running QEMU
     #[arg(long, value_name = "SOCKET", conflicts_with = "image")]
@@ -16,7 +16,10 @@ pub struct VmArgs {
     /// The guest agent's socket
     #[arg(long, value_name = "SOCKET", requires = "qmp")]
     pub qga: Option<PathBuf>,
-    /// The name under which this VM's points are kept
+    /// A domain of this host's libvirt, by name or UUID
+    #[arg(long, num_args = 2, value_names = ["URI", "DOMAIN"], conflicts_with_all = ["qmp", "image"])]
+    pub libvirt: Vec<String>,
+    /// The name under which this VM's points are kept [default: the domain's]
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
     /// A powered-off VM's disk images, raw or qcow2; ID is the disk's id (default: the file's name)

@@ -8,6 +8,7 @@ use crate::backup::{Backup, Request, granularity};
 use crate::capture::Capture;
 use crate::capture::decide::Level;
 use crate::capture::image::{ImageCapture, Named};
+use crate::capture::libvirt::{self, LibvirtCapture};
 use crate::capture::qmp::{QmpCapture, Settings};
 use crate::cli::OK;
 use crate::cli::args::{BackupArgs, ConsistencyArg, FallbackArg, LevelArg};
@@ -15,11 +16,13 @@ use crate::context::Context;
 use crate::failure::{Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::job::Job;
+use crate::image::RunDir;
+use crate::libvirt::{Domain, PoweredOff, State};
 use crate::names::human_bytes;
 use crate::output::{self, Rows};
 use crate::recovery;
 use crate::report::BackupReport;
-use crate::state::{IntentLog, JobKind};
+use crate::state::{IntentLog, JobKind, LibvirtRun};
 use crate::target::{self, Reach, Vm};
 
 /// Runs `icecore backup`.
@@ -47,9 +50,9 @@ pub async fn run(context: &Context, args: BackupArgs) -> Outcome<u8> {
     };
     let outcome = match &vm.reach {
         Reach::Qmp { qmp, qga } => run.live(&mut job, qmp, qga.as_deref(), &args).await,
+        Reach::Libvirt(domain) => run.domain(&mut job, domain, &args).await,
         Reach::Images(_) if args.consistency == ConsistencyArg::Filesystem => {
-            let why = "nobody can tell whether a VM that is off left its filesystems consistent";
-            Err(Failure::failed(&tried, why).next("leave --consistency out, or boot the VM"))
+            Err(no_filesystems(&tried))
         }
         Reach::Images(images) => run.images(&mut job, images.clone()).await,
     };
@@ -108,6 +111,74 @@ impl Run<'_> {
         self.back_up(job, &mut capture).await
     }
 
+    async fn domain(
+        &self,
+        job: &mut Job,
+        domain: &Domain,
+        args: &BackupArgs,
+    ) -> Outcome<BackupReport> {
+        match domain.state().map_err(|e| e.failure(self.tried))? {
+            State::Running | State::Paused => {}
+            State::IoError => {
+                let why = "libvirt has stopped the domain over a failed write";
+                return Err(Failure::refused(self.tried, why).next("see to its storage first"));
+            }
+            State::ShutOff if args.consistency == ConsistencyArg::Filesystem => {
+                return Err(no_filesystems(self.tried));
+            }
+            State::ShutOff => return self.domain_that_is_off(job, domain).await,
+            State::Other => {
+                let why = "the domain is on its way from one state to another";
+                return Err(Failure::refused(self.tried, why).next("try again when it is there"));
+            }
+        }
+        let base = match &args.scratch {
+            Some(dir) => dir.clone(),
+            None => self.context.state.root().join("scratch"),
+        };
+        let base = absolute(&base, self.tried)?;
+        let freeze = match args.consistency {
+            ConsistencyArg::Crash => libvirt::Freeze::No,
+            ConsistencyArg::Auto => libvirt::Freeze::Try(args.freeze_timeout),
+            ConsistencyArg::Filesystem => libvirt::Freeze::Require(args.freeze_timeout),
+        };
+        job.record.scratch = Some(base.join(format!("icecore-{}", job.id().run())));
+        job.record.libvirt = Some(LibvirtRun {
+            uri: domain.virsh.uri().to_owned(),
+            uuid: domain.uuid.clone(),
+            freezes: freeze != libvirt::Freeze::No,
+            restart: false,
+        });
+        job.save(self.context)?;
+        let settings = libvirt::Settings {
+            run: job.id().run().to_owned(),
+            freeze,
+            scratch: base,
+            scratch_limit: args.scratch_limit,
+            activity: job.activity(),
+            tried: self.tried.to_owned(),
+        };
+        let warden = target::watch_over(self.context, domain, self.tried).await?;
+        let mut capture = LibvirtCapture::open(domain.clone(), warden, settings)?;
+        self.back_up(job, &mut capture).await
+    }
+
+    async fn domain_that_is_off(&self, job: &mut Job, domain: &Domain) -> Outcome<BackupReport> {
+        let off = PoweredOff::of(domain, self.tried)?;
+        let dir = RunDir::of(self.context, job.id())?;
+        let repository = repository_part(self.repository, self.tried)?;
+        let made = dir.path().map_err(|e| Failure::failed(self.tried, e))?;
+        let (images, granularity) = (off.images.clone(), granularity(self.repository));
+        let capture = ImageCapture::open(images, repository, granularity, made, self.tried)?;
+        let mut capture = capture.of_machine(Some(off.machine.clone()));
+        let report = self.back_up(job, &mut capture).await;
+        if let Err(failure) = off.reconcile(&dir, self.tried) {
+            // The next point of a disk whose checkpoint is lost is a whole read.
+            tracing::warn!("{failure}");
+        }
+        report
+    }
+
     async fn images(&self, job: &mut Job, images: Vec<Named>) -> Outcome<BackupReport> {
         let dir = self.context.state.dir("run")?.join(job.id().run());
         let repository = repository_part(self.repository, self.tried)?;
@@ -138,6 +209,11 @@ pub fn repository_part(repository: &Repository, tried: &str) -> Outcome<NamePart
 /// A path that stays right for a process with another working directory.
 pub fn absolute(path: &std::path::Path, tried: &str) -> Outcome<std::path::PathBuf> {
     std::path::absolute(path).map_err(|e| Failure::failed(tried, e))
+}
+
+fn no_filesystems(tried: &str) -> Failure {
+    let why = "nobody can tell whether a VM that is off left its filesystems consistent";
+    Failure::failed(tried, why).next("leave --consistency out, or boot the VM")
 }
 
 fn request(vm: &Vm, args: &BackupArgs, tried: &str) -> Outcome<Request> {

@@ -14,11 +14,13 @@ use crate::cli::args::DoctorArgs;
 use crate::cli::{DAMAGED, OK, VmArgs};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
+use crate::libvirt::checkpoint::CheckpointName;
+use crate::libvirt::{Domain, State, job, recover};
 use crate::output::{self, Rows};
 use crate::recovery;
 use crate::state::JobId;
 use crate::state::jobs;
-use crate::state::locks::Lock;
+use crate::state::locks::{Lock, LockKey};
 use crate::target::{self, Reach, Vm};
 
 /// Something that should not be there.
@@ -52,6 +54,11 @@ pub async fn run(context: &Context, args: DoctorArgs) -> Outcome<u8> {
         let repository = repository.as_ref();
         findings.extend(qemu(context, vm, qmp, qga.clone(), repository, args.repair).await?);
     }
+    if let Some(vm) = &vm
+        && let Reach::Libvirt(domain) = &vm.reach
+    {
+        findings.extend(libvirt(context, vm, domain, repository.as_ref(), args.repair)?);
+    }
     findings.extend(scratch(context, args.repair));
     let ok = findings.iter().all(|finding| finding.repaired);
     let report = DoctorReport { ok, findings };
@@ -60,7 +67,10 @@ pub async fn run(context: &Context, args: DoctorArgs) -> Outcome<u8> {
 }
 
 fn names_a_vm(args: &VmArgs) -> bool {
-    args.vm.is_some() || args.qmp.is_some() || !args.image.is_empty()
+    args.vm.is_some()
+        || args.qmp.is_some()
+        || !args.libvirt.is_empty()
+        || !args.image.is_empty()
 }
 
 async fn dead_runs(context: &Context, own: Option<&Path>, repair: bool) -> Vec<Finding> {
@@ -160,6 +170,64 @@ fn orphans(
         }
     }
     Ok(orphans)
+}
+
+/// A backup job of ours that no run has any more, and checkpoints of points that are gone.
+fn libvirt(
+    context: &Context,
+    vm: &Vm,
+    domain: &Domain,
+    repository: Option<&Repository>,
+    repair: bool,
+) -> Outcome<Vec<Finding>> {
+    let tried = format!("examine {}", vm.name);
+    let job = JobId::new(Timestamp::now())?;
+    let mut locks = Vec::new();
+    for key in vm.lock_keys().into_iter().chain([LockKey::warden(&domain.uuid)]) {
+        locks.push(Lock::take(&context.state, &key, &job, &tried)?);
+    }
+    let mut findings = Vec::new();
+    // With the locks in our hands no run is at work: a job of ours is a leftover.
+    if let Some(Some(socket)) = domain.backup_job().map_err(|e| e.failure(&tried))?
+        && let Some(run) = job::run_of(&socket)
+    {
+        if repair {
+            recover::abort(domain, &socket).map_err(|e| e.failure(&tried))?;
+        }
+        let detail = "a backup job of a run that is over".into();
+        findings.push(Finding { kind: "libvirt", object: run.into(), detail, repaired: repair });
+    }
+    let running = domain.state().map_err(|e| e.failure(&tried))? != State::ShutOff;
+    for (name, checkpoint) in lost_checkpoints(domain, repository, &tried)? {
+        if repair && running {
+            domain.delete_checkpoint(&checkpoint).map_err(|e| e.failure(&tried))?;
+        }
+        let detail = match running {
+            true => format!("its point {} is gone", name.point),
+            false => format!("its point {} is gone; it goes while the domain runs", name.point),
+        };
+        let repaired = repair && running;
+        findings.push(Finding { kind: "checkpoint", object: checkpoint, detail, repaired });
+    }
+    Ok(findings)
+}
+
+/// Checkpoints of points of this repository that do not exist any more.
+fn lost_checkpoints(
+    domain: &Domain,
+    repository: Option<&Repository>,
+    tried: &str,
+) -> Outcome<Vec<(CheckpointName, String)>> {
+    let Some(repository) = repository else { return Ok(Vec::new()) };
+    let own = repository.id().to_string();
+    let names = domain.checkpoint_names().map_err(|e| e.failure(tried))?.into_iter();
+    let ours = names.filter_map(|text| Some((text.parse::<CheckpointName>().ok()?, text)));
+    let of_it = ours.filter(|(name, _)| name.repository.as_str() == own);
+    let gone = of_it.filter(|(name, _)| match name.point.as_str().parse::<PointId>() {
+        Ok(id) => matches!(repository.point(&id), Err(icecore_repository::Error::NotFound { .. })),
+        Err(_) => true,
+    });
+    Ok(gone.collect())
 }
 
 /// Scratch directories of the default place whose run is over.

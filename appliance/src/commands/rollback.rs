@@ -97,14 +97,20 @@ async fn dispatch(
 ) -> Outcome<RolledBack> {
     let safety = safety_request(vm, point);
     let live = match &vm.reach {
-        Reach::Images(_) => None,
+        Reach::Images(_) | Reach::Libvirt(_) => None,
         Reach::Qmp { qmp, qga } => {
             let (qga, interrupt) = (qga.as_deref(), interrupt);
             Some(live(context, repository, job, qmp, qga, args, interrupt, tried).await?)
         }
     };
-    let mut rollback = Rollback { context, repository, point, request, job, interrupt, tried };
+    let machine = None;
+    let mut rollback =
+        Rollback { context, repository, point, request, job, interrupt, machine, tried };
     match (&vm.reach, live) {
+        (Reach::Libvirt(domain), _) => {
+            let warden = target::watch_over(context, domain, tried).await?;
+            rollback.domain(domain, warden, safety).await
+        }
         (Reach::Images(images), _) => rollback.images(images, safety).await,
         (_, Some(live)) => rollback.live(live, safety).await,
         (_, None) => Err(Failure::failed(tried, "the VM cannot be reached")),

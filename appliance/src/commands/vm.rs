@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use icecore_qmp::bitmap::BitmapName;
+use icecore_qmp::bitmap::{BitmapName, Granularity};
 use icecore_repository::{Point, Repository, VmName};
 use jiff::Timestamp;
 use serde::Serialize;
@@ -13,6 +13,9 @@ use crate::cli::{OK, VmArgs};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
 use crate::image;
+use crate::libvirt::checkpoint::{Checkpoint, CheckpointDisk, CheckpointName};
+use crate::libvirt::xml::DomainDisk;
+use crate::libvirt::{Domain, State, emulator};
 use crate::names::human_bytes;
 use crate::output::{self, Rows, when};
 use crate::recovery;
@@ -149,6 +152,7 @@ async fn show(context: &Context, args: &VmArgs, repo: Option<&str>) -> Outcome<u
                 leftovers: seen.leftovers.iter().map(ToString::to_string).collect(),
             }
         }
+        Reach::Libvirt(domain) => detail_of_domain(row, domain, &tried)?,
         Reach::Images(images) => VmDetail {
             row,
             running: false,
@@ -163,6 +167,57 @@ async fn show(context: &Context, args: &VmArgs, repo: Option<&str>) -> Outcome<u
     };
     print(context, &detail)?;
     Ok(OK)
+}
+
+fn detail_of_domain(row: VmRow, domain: &Domain, tried: &str) -> Outcome<VmDetail> {
+    let state = domain.state().map_err(|e| e.failure(tried))?;
+    let running = !matches!(state, State::ShutOff);
+    let description = domain.describe(tried)?;
+    let sizes = domain.capacities().map_err(|e| e.failure(tried))?;
+    let checkpoints = domain.our_checkpoints(running, tried)?;
+    let disk = |disk: &DomainDisk| DiskDetail {
+        disk: disk.target.clone(),
+        size_bytes: sizes.get(&disk.target).copied().unwrap_or(0),
+        file: disk.path.as_ref().map(|path| path.display().to_string()),
+        iothread: disk.iothread.then(|| "of libvirt".to_owned()),
+        refusal: disk.refusal.clone(),
+        bitmaps: checkpoints
+            .iter()
+            .filter_map(|one| Some(bitmap_of_checkpoint(one, one.disk(&disk.target)?, running)))
+            .collect(),
+    };
+    let devices = description.unprotected.iter().cloned();
+    Ok(VmDetail {
+        row,
+        running,
+        qemu_version: emulator::of_running(domain).map(|version| version.to_string()),
+        disks: description.disks.iter().map(disk).collect(),
+        unprotected: devices
+            .map(|(disk, why)| crate::report::Unprotected { disk, why })
+            .collect(),
+        leftovers: Vec::new(),
+    })
+}
+
+fn bitmap_of_checkpoint(
+    checkpoint: &Checkpoint,
+    disk: &CheckpointDisk,
+    running: bool,
+) -> BitmapDetail {
+    let point = checkpoint.name.parse::<CheckpointName>().ok().map(|name| name.point.to_string());
+    let health = match (running, disk.dirty_bytes) {
+        (false, _) => "not known while the domain is off",
+        (true, Some(_)) => "ok",
+        (true, None) => "inconsistent",
+    };
+    BitmapDetail {
+        name: checkpoint.name.clone(),
+        ours: true,
+        point,
+        granularity: Granularity::DEFAULT.bytes(),
+        dirty_bytes: disk.dirty_bytes,
+        health,
+    }
 }
 
 fn row_of(
@@ -301,6 +356,7 @@ async fn release(context: &Context, args: &VmArgs) -> Outcome<u8> {
             }
             ours
         }
+        Reach::Libvirt(domain) => release_domain(domain, &tried)?,
         Reach::Images(images) => release_images(images, &tried)?,
     };
     if context.json {
@@ -309,6 +365,18 @@ async fn release(context: &Context, args: &VmArgs) -> Outcome<u8> {
         output::print(&format!("released {}: {} bitmaps removed\n", vm.name, removed.len()))?;
     }
     Ok(OK)
+}
+
+fn release_domain(domain: &Domain, tried: &str) -> Outcome<Vec<String>> {
+    if domain.state().map_err(|e| e.failure(tried))? == State::ShutOff {
+        let why = "libvirt deletes checkpoints only while their domain runs";
+        return Err(Failure::refused(tried, why).next("start the domain first"));
+    }
+    let checkpoints = domain.our_checkpoints(false, tried)?;
+    for checkpoint in &checkpoints {
+        domain.delete_checkpoint(&checkpoint.name).map_err(|e| e.failure(tried))?;
+    }
+    Ok(checkpoints.into_iter().map(|checkpoint| checkpoint.name).collect())
 }
 
 fn release_images(images: &[crate::capture::image::Named], tried: &str) -> Outcome<Vec<String>> {

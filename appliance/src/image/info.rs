@@ -4,11 +4,13 @@ use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use icecore_qmp::bitmap::BitmapName;
 use serde::Deserialize;
 use serde_json::json;
 
 use super::Format;
 use crate::failure::{Failure, Outcome};
+use crate::libvirt::checkpoint::name_in_image;
 
 /// What is known of an image.
 #[derive(Debug, Clone)]
@@ -22,6 +24,13 @@ pub struct ImageInfo {
     pub keeps_bitmaps: bool,
     /// The file that it is based on, if any.
     pub backing: Option<String>,
+}
+
+impl ImageInfo {
+    /// What the image calls the bitmap that is remembered as `bitmap`.
+    pub fn name_of(&self, bitmap: &BitmapName) -> String {
+        name_in_image(self.bitmaps.iter().map(|bitmap| bitmap.name.as_str()), bitmap)
+    }
 }
 
 /// A persistent bitmap of an image.

@@ -47,7 +47,7 @@ pub fn of(
 pub fn parts(description: &Description) -> Vec<CapsulePart> {
     let Some(path) = &description.nvram else { return Vec::new() };
     match read_bounded(path) {
-        Ok(bytes) => vec![CapsulePart { name: NVRAM.into(), bytes }],
+        Ok(bytes) => NVRAM.parse().map(|name| CapsulePart { name, bytes }).into_iter().collect(),
         Err(failure) => {
             tracing::warn!("the firmware's variables are not in the point: {failure}");
             Vec::new()

@@ -7,6 +7,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use icecore_qmp::bitmap::{BitmapName, NamePart};
+use icecore_repository::DiskId;
 use roxmltree::Document;
 
 use super::xml::{child, elements, escape};
@@ -102,6 +103,40 @@ pub fn request(name: &CheckpointName, covered: &[&str], others: &[&str]) -> Stri
     format!("<domaincheckpoint><name>{name}</name><disks>{disks}</disks></domaincheckpoint>")
 }
 
+/// XML by which libvirt remembers a checkpoint whose bitmaps are there already.
+pub fn definition(name: &str, covered: &[String], parent: Option<&str>) -> String {
+    let name = escape(name);
+    let disk = |target: &String| {
+        format!("<disk name='{}' checkpoint='bitmap' bitmap='{name}'/>", escape(target))
+    };
+    let disks: String = covered.iter().map(disk).collect();
+    let parent = parent.map(|parent| format!("<parent><name>{}</name></parent>", escape(parent)));
+    let parent = parent.unwrap_or_default();
+    format!(
+        "<domaincheckpoint><name>{name}</name>{parent}<creationTime>0</creationTime>\
+         <disks>{disks}</disks></domaincheckpoint>"
+    )
+}
+
+/// What the bitmap that an image calls `name` is remembered as: one that belongs to a checkpoint has
+/// the checkpoint's name there.
+pub fn remembered_name(name: &str, disk: &DiskId) -> String {
+    let part = NamePart::new(disk.to_string());
+    match (name.parse::<CheckpointName>(), part) {
+        (Ok(checkpoint), Ok(part)) => checkpoint.bitmap(part).to_string(),
+        _ => name.to_owned(),
+    }
+}
+
+/// What an image with bitmaps of these `names` calls the one that is remembered as `bitmap`.
+pub fn name_in_image<'a>(mut names: impl Iterator<Item = &'a str>, bitmap: &BitmapName) -> String {
+    let checkpoint = CheckpointName::of(bitmap).to_string();
+    match names.any(|name| name == checkpoint) {
+        true => checkpoint,
+        false => bitmap.to_string(),
+    }
+}
+
 /// Checkpoints of the repository of `new` that it makes superfluous: a disk that `new` does not
 /// cover still needs its own.
 pub fn superseded(all: &[Checkpoint], new: &CheckpointName, covered: &[String]) -> Vec<String> {
@@ -140,6 +175,19 @@ mod tests {
         let text = request(&name("p1"), &["vda", "vdb"], &["vdc"]);
         let seen = parse(&text).unwrap();
         assert_eq!(seen, checkpoint("icecore.r1.c1.p1", &["vda", "vdb"]));
+    }
+
+    #[test]
+    fn a_bitmap_in_an_image_is_known_by_either_name() {
+        let disk: DiskId = "vda".parse().unwrap();
+        let bitmap: BitmapName = "icecore:r1:c1:p1:vda".parse().unwrap();
+        let in_image = |names: &[&str]| name_in_image(names.iter().copied(), &bitmap);
+        assert_eq!(in_image(&["icecore.r1.c1.p1"]), "icecore.r1.c1.p1");
+        assert_eq!(in_image(&["icecore.r1.c1.p2"]), bitmap.to_string());
+        assert_eq!(remembered_name("icecore.r1.c1.p1", &disk), bitmap.to_string());
+        assert_eq!(remembered_name("foreign", &disk), "foreign");
+        let text = definition("icecore.r1.c1.p1", &["vda".into()], Some("other"));
+        assert_eq!(parse(&text).unwrap(), checkpoint("icecore.r1.c1.p1", &["vda"]));
     }
 
     #[test]

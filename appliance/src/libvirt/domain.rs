@@ -170,6 +170,18 @@ impl Domain {
         self.call("checkpoint-delete", &["--checkpointname", name, "--metadata"], QUICK).map(drop)
     }
 
+    /// Has libvirt remember a checkpoint whose bitmaps are there already.
+    pub fn remember_checkpoint(&self, definition: &Path) -> Result<(), VirshError> {
+        let path = definition.to_string_lossy();
+        self.call("checkpoint-create", &["--xmlfile", &path, "--redefine"], QUICK).map(drop)
+    }
+
+    /// Whether it stays defined when it stops.
+    pub fn is_persistent(&self) -> Result<bool, VirshError> {
+        let list = self.virsh.run(&["list", "--all", "--persistent", "--uuid"], QUICK)?;
+        Ok(list.lines().any(|line| line.trim() == self.uuid))
+    }
+
     /// Starts it.
     pub fn start(&self) -> Result<(), VirshError> {
         self.call("start", &[], START).map(drop)

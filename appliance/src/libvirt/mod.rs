@@ -9,9 +9,12 @@ pub mod checkpoint;
 pub mod domain;
 pub mod emulator;
 pub mod job;
+pub mod powered_off;
+pub mod recover;
 mod virsh;
 pub mod warden;
 pub mod xml;
 
 pub use domain::{Domain, State};
+pub use powered_off::PoweredOff;
 pub use virsh::{Kind, Virsh, VirshError};

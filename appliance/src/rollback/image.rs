@@ -21,6 +21,8 @@ struct Held {
     path: PathBuf,
     format: Format,
     known: Option<Known>,
+    /// What the image calls the bitmap of `known`.
+    bitmap: Option<String>,
     daemon: StorageDaemon,
 }
 
@@ -98,7 +100,9 @@ impl Rollback<'_> {
         let dir = self.context.state.dir("run")?.join(self.job.id().run());
         let repository = crate::commands::backup::repository_part(self.repository, self.tried)?;
         let granularity = crate::backup::granularity(self.repository);
-        ImageCapture::open(images.to_vec(), repository, granularity, &dir, self.tried)
+        let images = images.to_vec();
+        let capture = ImageCapture::open(images, repository, granularity, &dir, self.tried)?;
+        Ok(capture.of_machine(self.machine.clone()))
     }
 
     /// Takes an image's lock, if it is still what the safety point holds.
@@ -113,23 +117,24 @@ impl Rollback<'_> {
             return Err(Failure::failed(self.tried, format!("disk {} is gone", disk.seen.id)));
         };
         let path = images[at].path.clone();
-        let format = image::of_file(&path).map_err(|e| Failure::failed(self.tried, e))?;
+        let format = images[at].format()?;
         image::require_unlocked(&path, format, self.tried)?;
         let resized = disk.seen.size_bytes != disk.wanted.size_bytes;
         let known = if resized { None } else { self.known(&disk.seen)? };
         let stamp = stamps.map(|stamps| stamps.get(at).cloned().flatten());
         self.require_stamp(&path, format, stamp.as_ref())?;
-        let bitmap = known.as_ref().map(|known| known.base.bitmap.to_string());
+        let info = image::info(&path, format)?;
+        let bitmap = known.as_ref().map(|known| info.name_of(&known.base.bitmap));
         let served = match self.request.dry_run {
-            true => Served::Shared { bitmap },
-            false => Served::Exclusive { bitmap },
+            true => Served::Shared { bitmap: bitmap.clone() },
+            false => Served::Exclusive { bitmap: bitmap.clone() },
         };
         let daemon = self.serve(&path, format, &served, dir)?;
         // Where there are bitmaps, taking the lock marks them as in use: a change of our own.
         if disk.seen.bitmaps.is_empty() {
             self.require_stamp(&path, format, stamp.as_ref())?;
         }
-        Ok(Held { disk, path, format, known, daemon })
+        Ok(Held { disk, path, format, known, bitmap, daemon })
     }
 
     fn require_stamp(
@@ -213,7 +218,7 @@ impl Rollback<'_> {
     /// The blocks to write to an image: read under its lock.
     async fn plan(&self, image: &Held) -> Outcome<Plan> {
         let peer = image.peer();
-        let bitmap = image.known.as_ref().map(|known| known.base.bitmap.to_string());
+        let bitmap = image.bitmap.clone();
         let mut control = nbd::control(&peer, bitmap.as_deref(), self.tried).await?;
         let (served, wanted) = (control.export().size_bytes, image.disk.wanted.size_bytes);
         if served != wanted && !self.request.dry_run {

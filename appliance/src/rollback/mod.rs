@@ -3,6 +3,7 @@
 //! The cost follows the change: a point whose bitmap on the disk can be trusted says what changed
 //! since, the repository says how that point and the wanted one differ.
 
+mod domain;
 mod image;
 mod live;
 mod ranges;
@@ -16,6 +17,7 @@ use icecore_repository::{DiskId, DiskReader, Point, PointDisk, Repository};
 use serde::Serialize;
 
 use crate::capture::decide::{Level, decide};
+use crate::capture::image::Machine;
 use crate::capture::{Base, SeenDisk};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
@@ -68,6 +70,8 @@ pub struct Rollback<'a> {
     pub request: &'a Request,
     pub job: &'a mut Job,
     pub interrupt: &'a Interrupt,
+    /// The domain of libvirt whose images are rolled back.
+    pub machine: Option<Machine>,
     pub tried: &'a str,
 }
 

@@ -97,6 +97,9 @@ pub struct JobRecord {
     pub qmp: Option<PathBuf>,
     /// The guest agent's socket, for recovery.
     pub qga: Option<PathBuf>,
+    /// The domain of libvirt that it is about, for recovery.
+    #[serde(default)]
+    pub libvirt: Option<LibvirtRun>,
     /// Powered-off images or restore targets that the run changes.
     #[serde(default)]
     pub files: Vec<PathBuf>,
@@ -106,6 +109,18 @@ pub struct JobRecord {
     pub writing: Vec<PathBuf>,
     /// Scratch directory of the run.
     pub scratch: Option<PathBuf>,
+}
+
+/// A run on a domain of libvirt.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LibvirtRun {
+    pub uri: String,
+    pub uuid: String,
+    /// The guest may be frozen until the instant is taken.
+    pub freezes: bool,
+    /// It was stopped to be rolled back, and has to run again where nothing was written.
+    #[serde(default)]
+    pub restart: bool,
 }
 
 impl JobRecord {
@@ -132,6 +147,7 @@ impl JobRecord {
             failure_reason: None,
             qmp: None,
             qga: None,
+            libvirt: None,
             files: Vec::new(),
             writing: Vec::new(),
             scratch: None,

@@ -38,6 +38,16 @@ impl LockKey {
         Self(format!("file-{}", hashed(path.as_os_str().as_encoded_bytes())))
     }
 
+    /// The domain of libvirt with this UUID.
+    pub fn domain(uuid: &str) -> Self {
+        Self(format!("domain-{}", hashed(uuid.as_bytes())))
+    }
+
+    /// The warden at work on it.
+    pub fn warden(uuid: &str) -> Self {
+        Self(Self::domain(uuid).0.replacen("domain-", "warden-", 1))
+    }
+
     /// The guardian at work on a QMP socket.
     pub fn guardian(path: &Path) -> Self {
         Self(Self::file(path).0.replacen("file-", "guardian-", 1))

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 pub use durable::{replace_file, sync_parent};
 pub use intents::IntentLog;
-pub use jobs::{JobId, JobKind, JobRecord, JobStatus};
+pub use jobs::{JobId, JobKind, JobRecord, JobStatus, LibvirtRun};
 
 use crate::failure::{Failure, Outcome};
 

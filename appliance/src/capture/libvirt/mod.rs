@@ -23,14 +23,9 @@ use crate::libvirt::checkpoint::{self, Checkpoint, CheckpointName};
 use crate::libvirt::job;
 use crate::libvirt::warden::WardenClient;
 use crate::libvirt::xml::{Description, DomainDisk};
-use crate::libvirt::{Domain, State, capsule, emulator};
+use crate::libvirt::{Domain, State, capsule, emulator, recover};
 use crate::nbd::{self, Peer};
 use crate::report::Unprotected;
-
-/// A job is gone within a second of its abort; a host under load, or a libvirt that is started
-/// again, gets this long.
-const JOB_END_WAIT: Duration = Duration::from_secs(60);
-const RETRY: Duration = Duration::from_millis(100);
 
 /// Whether the guest is frozen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,7 +43,6 @@ pub struct Settings {
     pub freeze: Freeze,
     pub scratch: PathBuf,
     pub scratch_limit: Option<u64>,
-    pub repository: NamePart,
     pub activity: Activity,
     pub tried: String,
 }
@@ -115,12 +109,12 @@ impl LibvirtCapture {
         let chosen = |index: usize| {
             self.tasks.iter().any(|task| task.index == index && wanted(task))
         };
-        let targets = self.description.disks.iter().enumerate();
-        let (inside, outside): (Vec<_>, Vec<_>) = targets.partition(|(index, _)| chosen(*index));
-        let names = |disks: Vec<(usize, &'_ DomainDisk)>| -> Vec<&str> {
-            disks.into_iter().map(|(_, disk)| disk.target.as_str()).collect()
-        };
-        (names(inside), names(outside))
+        let (mut inside, mut outside) = (Vec::new(), Vec::new());
+        for (index, disk) in self.description.disks.iter().enumerate() {
+            let side = if chosen(index) { &mut inside } else { &mut outside };
+            side.push(disk.target.as_str());
+        }
+        (inside, outside)
     }
 
     fn socket(&self) -> PathBuf {
@@ -133,28 +127,19 @@ impl LibvirtCapture {
         if !self.job {
             return Ok(());
         }
-        if let Some(pulse) = self.pulse.take() {
-            pulse.abort();
+        if let Err(e) = recover::abort(&self.domain, &self.socket()) {
+            return Err(self.left(&e.to_string()));
         }
-        let (started, socket) = (Instant::now(), self.socket());
-        loop {
-            match self.domain.backup_job() {
-                Ok(Some(Some(found))) if found == socket => {
-                    // Looked at again before it counts.
-                    let _ = self.domain.abort_job();
-                }
-                Ok(_) => break,
-                Err(_) if started.elapsed() < JOB_END_WAIT => {}
-                Err(e) => return Err(self.left(&format!("libvirt does not answer ({e})"))),
-            }
-            if started.elapsed() > JOB_END_WAIT {
-                return Err(self.left("the backup job does not end"));
-            }
-            std::thread::sleep(RETRY);
-        }
+        self.stop_pulse();
         self.job = false;
         self.scratch = None;
         self.warden.ended(&self.settings.tried)
+    }
+
+    fn stop_pulse(&mut self) {
+        if let Some(pulse) = self.pulse.take() {
+            pulse.abort();
+        }
     }
 
     /// The warden goes on trying when this process is gone.
@@ -266,9 +251,7 @@ impl Capture for LibvirtCapture {
 
 impl Drop for LibvirtCapture {
     fn drop(&mut self) {
-        if let Some(pulse) = self.pulse.take() {
-            pulse.abort();
-        }
+        self.stop_pulse();
     }
 }
 

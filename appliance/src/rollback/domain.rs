@@ -1,0 +1,135 @@
+//! The rollback of a domain of libvirt: frozen where it can be and stopped, rolled back by its
+//! images, started again.
+
+use std::time::Duration;
+
+use icecore_repository::PointDisk;
+
+use super::{Rollback, RolledBack};
+use crate::backup::Request as BackupRequest;
+use crate::failure::{Failure, Outcome};
+use crate::image::RunDir;
+use crate::libvirt::warden::WardenClient;
+use crate::libvirt::xml::Agent;
+use crate::libvirt::{Domain, PoweredOff, State};
+use crate::state::LibvirtRun;
+
+/// How long the agent may take to freeze; the rollback goes on without.
+const FREEZE_LIMIT: Duration = Duration::from_secs(5);
+/// From the freeze to the end of QEMU, which flushes its images first.
+const FROZEN_MAX: Duration = Duration::from_secs(60);
+
+impl Rollback<'_> {
+    /// Rolls a domain back. What is there when it stops is the safety point. Until the first block
+    /// is written a failure starts it again.
+    pub async fn domain(
+        &mut self,
+        domain: &Domain,
+        warden: WardenClient,
+        safety: BackupRequest,
+    ) -> Outcome<RolledBack> {
+        let state = domain.state().map_err(|e| e.failure(self.tried))?;
+        let ran = match state {
+            State::ShutOff => false,
+            State::Running | State::Paused | State::IoError => true,
+            State::Other => {
+                let why = "the domain is on its way from one state to another";
+                return Err(Failure::refused(self.tried, why).next("try again when it is there"));
+            }
+        };
+        if ran {
+            self.require_stoppable(domain)?;
+            self.stop(domain, &warden, state)?;
+        }
+        let rolled = self.powered_off(domain, safety).await;
+        let half_written = !self.job.record.writing.is_empty();
+        match rolled {
+            Ok(done) if !ran || !self.request.restart => Ok(done),
+            Ok(done) => match domain.start() {
+                Ok(()) => Ok(RolledBack { vm_restarted: true, ..done }),
+                Err(e) => {
+                    let why = format!("rolled back and verified, but it does not start: {e}");
+                    Err(Failure::failed(self.tried, why).next("see 'virsh start'"))
+                }
+            },
+            Err(failure) if ran && !half_written => Err(started_again(domain, failure)),
+            Err(failure) => Err(failure),
+        }
+    }
+
+    /// What can be known to fail is known before the guest is stopped.
+    fn require_stoppable(&self, domain: &Domain) -> Outcome<()> {
+        let refused = |why: String| Failure::refused(self.tried, why);
+        if self.request.dry_run {
+            return Err(refused("a dry run reads the domain's images, and it runs".into())
+                .next("shut it off for the dry run, or run 'icecore diff'"));
+        }
+        if !domain.is_persistent().map_err(|e| e.failure(self.tried))? {
+            return Err(refused("the domain is transient: it would be gone when it stops".into()));
+        }
+        let sizes = domain.capacities().map_err(|e| e.failure(self.tried))?;
+        let fits = |disk: &&PointDisk| {
+            let now = sizes.get(disk.disk.as_str());
+            now == Some(&disk.size_bytes) || (self.request.resize && now.is_some())
+        };
+        let wanted = self.point.disks.iter().filter(|disk| {
+            self.request.disks.is_empty() || self.request.disks.contains(&disk.disk)
+        });
+        match wanted.into_iter().find(|disk| !fits(disk)) {
+            None => Ok(()),
+            Some(disk) => Err(refused(format!(
+                "disk {} is missing or has another size than at the point",
+                disk.disk
+            ))
+            .next("choose disks with --disk, or allow it with --resize")),
+        }
+    }
+
+    fn stop(&mut self, domain: &Domain, warden: &WardenClient, state: State) -> Outcome<()> {
+        let agent = domain.describe(self.tried)?.agent;
+        let freezes = state == State::Running && agent == Agent::Connected;
+        self.job.record.libvirt = Some(LibvirtRun {
+            uri: domain.virsh.uri().to_owned(),
+            uuid: domain.uuid.clone(),
+            freezes,
+            restart: true,
+        });
+        self.job.save(self.context)?;
+        if freezes {
+            warden.freezing(FREEZE_LIMIT + FROZEN_MAX, self.tried)?;
+            if let Err(e) = domain.freeze(FREEZE_LIMIT) {
+                tracing::warn!("the guest is stopped without a freeze: {e}");
+            }
+        }
+        if let Err(e) = domain.destroy() {
+            // The warden thaws; the domain runs on.
+            return Err(e.failure(self.tried));
+        }
+        warden.thawed(self.tried)
+    }
+
+    async fn powered_off(&mut self, domain: &Domain, safety: BackupRequest) -> Outcome<RolledBack> {
+        let off = PoweredOff::of(domain, self.tried)?;
+        self.machine = Some(off.machine.clone());
+        let rolled = self.images(&off.images, safety).await;
+        let dir = RunDir::of(self.context, self.job.id())?;
+        if let Err(failure) = off.reconcile(&dir, self.tried) {
+            // The next point of a disk whose checkpoint is lost is a whole read.
+            tracing::warn!("{failure}");
+        }
+        rolled
+    }
+}
+
+fn started_again(domain: &Domain, failure: Failure) -> Failure {
+    match domain.start() {
+        Ok(()) => {
+            let why = format!("{}; nothing was written, and the domain runs again", failure.why);
+            Failure { why, ..failure }
+        }
+        Err(e) => {
+            let why = format!("{}; nothing was written, but it does not start: {e}", failure.why);
+            Failure { why, ..failure }.unclean()
+        }
+    }
+}
