@@ -14,6 +14,7 @@ mod data;
 mod export;
 mod failure;
 mod guardian_process;
+mod hook;
 mod image;
 mod interrupt;
 mod job;

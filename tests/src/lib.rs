@@ -14,6 +14,7 @@ mod failure;
 mod guestless;
 mod icecore;
 mod image;
+mod libvirt;
 mod monitor;
 mod mount;
 mod place;
@@ -32,6 +33,7 @@ pub use icecore::{Icecore, Outcome, Run, Started};
 pub use image::{
     compare, create_overlay, create_qcow2, create_raw, filesystem_check, image_to_raw, sha256_of,
 };
+pub use libvirt::{Domain, Libvirt};
 pub use monitor::Monitor;
 pub use mount::{Mounted, check_writer, check_writer_in_images};
 pub use place::{Scratch, guest_files, workspace_root};

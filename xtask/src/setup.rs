@@ -5,7 +5,7 @@ use crate::qemus;
 use crate::step::{Result, captured, program, target, timed};
 
 /// For the guest, the judges of restored disks, and independent peers on the wire.
-const TOOLS: [&str; 10] = [
+const TOOLS: [&str; 12] = [
     "busybox-static",
     "cpio",
     "kmod",
@@ -16,6 +16,8 @@ const TOOLS: [&str; 10] = [
     "libnbd-bin",
     "fio",
     "strace",
+    "libvirt-daemon-system",
+    "libvirt-clients",
 ];
 const QEMU: [&str; 4] = ["qemu-system-x86", "qemu-utils", "qemu-block-extra", "qemu-guest-agent"];
 /// Makes the chroot of the newest QEMU.

@@ -63,9 +63,7 @@ pub async fn test(
     // libvirt's bitmaps have none: what they would tell (that the disk shrank and grew back) shows in
     // its holes.
     let (sentinels, paranoid) = match base.recorder {
-        Recorder::Icecore => {
-            (Some(Sentinels::new(base.size_bytes, base.granularity)), paranoid)
-        }
+        Recorder::Icecore => (Some(Sentinels::new(base.size_bytes, base.granularity)), paranoid),
         Recorder::Libvirt => (None, true),
     };
     for range in sentinels.into_iter().flat_map(Sentinels::ranges) {

@@ -108,6 +108,9 @@ pub enum Command {
     /// What the configuration says, and what is wrong with it
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// libvirt's hook: how domains that start and stop are known
+    #[command(subcommand)]
+    Hook(HookCommand),
     /// Runs on this host, finished and unfinished
     #[command(subcommand)]
     Job(JobCommand),
@@ -525,6 +528,26 @@ pub enum VmCommand {
     Release {
         #[command(flatten)]
         vm: VmArgs,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum HookCommand {
+    /// Put the hook beside libvirt's own
+    #[command(after_help = "Example:\n  icecore hook install")]
+    Install {
+        /// libvirt's folder of hooks
+        #[arg(long, value_name = "DIR", default_value = "/etc/libvirt/hooks/qemu.d")]
+        dir: PathBuf,
+    },
+    /// What libvirt runs, with the domain's XML on stdin; never fails
+    #[command(
+        after_help = "Example:\n  virsh dumpxml vm1 | icecore hook libvirt vm1 started begin -"
+    )]
+    Libvirt {
+        /// NAME OPERATION SUBOPERATION EXTRA, as libvirt gives them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        words: Vec<String>,
     },
 }
 

@@ -15,8 +15,9 @@ pub use vm_args::VmArgs;
 use crate::context::Context;
 use crate::failure::{Failure, Outcome, Status};
 use crate::interrupt::survive_file_size_limit;
-use crate::{commands, guardian_process};
-use args::{Cli, Command};
+use crate::state::State;
+use crate::{commands, guardian_process, hook};
+use args::{Cli, Command, HookCommand};
 
 /// Reads the command line, runs the command and turns its outcome into an exit status.
 pub fn run() -> ExitCode {
@@ -26,6 +27,11 @@ pub fn run() -> ExitCode {
     }
     if matches!(cli.command, Command::Warden) {
         return crate::libvirt::warden::run();
+    }
+    // Before anything that could fail or take time: libvirt keeps a domain waiting for it.
+    if let Command::Hook(HookCommand::Libvirt { words }) = &cli.command {
+        hook::run(&State::new(&cli.global.state_dir), words);
+        return ExitCode::SUCCESS;
     }
     start_log(cli.global.verbose);
     match run_command(cli) {
@@ -69,6 +75,7 @@ async fn dispatch(context: &Context, command: Command) -> Outcome<u8> {
         Command::Gc(args) => commands::gc::run(context, args),
         Command::Catalog(command) => commands::repo::catalog(context, command),
         Command::Vm(command) => commands::vm::run(context, command).await,
+        Command::Hook(command) => commands::hook::run(context, command),
         Command::Job(command) => commands::job::run(context, command),
         Command::Doctor(args) => commands::doctor::run(context, args).await,
         Command::Completions(args) => commands::generate::completions(args),

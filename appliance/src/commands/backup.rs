@@ -14,9 +14,9 @@ use crate::cli::OK;
 use crate::cli::args::{BackupArgs, ConsistencyArg, FallbackArg, LevelArg};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
+use crate::image::RunDir;
 use crate::interrupt::Interrupt;
 use crate::job::Job;
-use crate::image::RunDir;
 use crate::libvirt::{Domain, PoweredOff, State};
 use crate::names::human_bytes;
 use crate::output::{self, Rows};
@@ -172,7 +172,7 @@ impl Run<'_> {
         let capture = ImageCapture::open(images, repository, granularity, made, self.tried)?;
         let mut capture = capture.of_machine(Some(off.machine.clone()));
         let report = self.back_up(job, &mut capture).await;
-        if let Err(failure) = off.reconcile(&dir, self.tried) {
+        if let Err(failure) = off.reconcile(self.repository, &dir, self.tried) {
             // The next point of a disk whose checkpoint is lost is a whole read.
             tracing::warn!("{failure}");
         }

@@ -67,10 +67,7 @@ pub async fn run(context: &Context, args: DoctorArgs) -> Outcome<u8> {
 }
 
 fn names_a_vm(args: &VmArgs) -> bool {
-    args.vm.is_some()
-        || args.qmp.is_some()
-        || !args.libvirt.is_empty()
-        || !args.image.is_empty()
+    args.vm.is_some() || args.qmp.is_some() || !args.libvirt.is_empty() || !args.image.is_empty()
 }
 
 async fn dead_runs(context: &Context, own: Option<&Path>, repair: bool) -> Vec<Finding> {

@@ -9,6 +9,7 @@ pub mod doctor;
 pub mod export;
 pub mod gc;
 pub mod generate;
+pub mod hook;
 pub mod job;
 pub mod point;
 pub mod repo;

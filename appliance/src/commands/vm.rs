@@ -12,6 +12,7 @@ use crate::cli::args::VmCommand;
 use crate::cli::{OK, VmArgs};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
+use crate::hook::{self, Known};
 use crate::image;
 use crate::libvirt::checkpoint::{Checkpoint, CheckpointDisk, CheckpointName};
 use crate::libvirt::xml::DomainDisk;
@@ -36,6 +37,9 @@ pub async fn run(context: &Context, command: VmCommand) -> Outcome<u8> {
 struct VmRow {
     vm: String,
     configured: bool,
+    /// What libvirt's hook last told of a domain of this name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    libvirt: Option<Known>,
     points: usize,
     last_point: Option<String>,
     last_point_at: Option<Timestamp>,
@@ -58,6 +62,9 @@ fn list(context: &Context, repo: Option<&str>) -> Outcome<u8> {
     for name in context.config.vm.keys() {
         of_vm.entry(name.clone()).or_default();
     }
+    for known in hook::all(&context.state) {
+        of_vm.entry(known.name).or_default();
+    }
     for point in &points {
         of_vm.entry(point.vm.to_string()).or_default().push(point);
     }
@@ -67,11 +74,12 @@ fn list(context: &Context, repo: Option<&str>) -> Outcome<u8> {
         output::json(&rows)?;
         return Ok(OK);
     }
-    let mut table = Rows::new(&["vm", "configured", "points", "last point", "taken"]);
+    let mut table = Rows::new(&["vm", "configured", "libvirt", "points", "last point", "taken"]);
     for row in rows {
         table.add(vec![
             row.vm,
             if row.configured { "yes" } else { "no" }.into(),
+            row.libvirt.map_or_else(|| "-".into(), |known| known.last_event),
             row.points.to_string(),
             row.last_point.unwrap_or_else(|| "-".into()),
             row.last_point_at.map_or_else(|| "-".into(), when),
@@ -86,6 +94,7 @@ fn row(context: &Context, vm: String, points: &[&Point]) -> VmRow {
     let at = last.map(|point| point.meta.captured_at);
     VmRow {
         configured: context.config.vm.contains_key(&vm),
+        libvirt: hook::all(&context.state).into_iter().find(|known| known.name == vm),
         points: points.len(),
         last_point: last.map(|point| point.id.to_string()),
         last_point_at: at,
@@ -192,9 +201,7 @@ fn detail_of_domain(row: VmRow, domain: &Domain, tried: &str) -> Outcome<VmDetai
         running,
         qemu_version: emulator::of_running(domain).map(|version| version.to_string()),
         disks: description.disks.iter().map(disk).collect(),
-        unprotected: devices
-            .map(|(disk, why)| crate::report::Unprotected { disk, why })
-            .collect(),
+        unprotected: devices.map(|(disk, why)| crate::report::Unprotected { disk, why }).collect(),
         leftovers: Vec::new(),
     })
 }

@@ -83,7 +83,8 @@ pub fn parse(text: &str) -> Result<Checkpoint, String> {
     let root = document.root_element();
     let name = child(root, "name").and_then(|name| name.text()).ok_or_else(|| wrong("no name"))?;
     let disks = child(root, "disks").map(|disks| {
-        let covered = elements(disks, "disk").filter(|d| d.attribute("checkpoint") == Some("bitmap"));
+        let covered =
+            elements(disks, "disk").filter(|d| d.attribute("checkpoint") == Some("bitmap"));
         let disk = covered.filter_map(|disk| {
             let dirty_bytes = disk.attribute("size").and_then(|size| size.parse().ok());
             Some(CheckpointDisk { target: disk.attribute("name")?.to_owned(), dirty_bytes })
@@ -95,9 +96,8 @@ pub fn parse(text: &str) -> Result<Checkpoint, String> {
 
 /// XML that makes a checkpoint of the disks in `covered` and of none of the `others`.
 pub fn request(name: &CheckpointName, covered: &[&str], others: &[&str]) -> String {
-    let disk = |target: &str, kind: &str| {
-        format!("<disk name='{}' checkpoint='{kind}'/>", escape(target))
-    };
+    let disk =
+        |target: &str, kind: &str| format!("<disk name='{}' checkpoint='{kind}'/>", escape(target));
     let covered = covered.iter().map(|target| disk(target, "bitmap"));
     let disks: String = covered.chain(others.iter().map(|target| disk(target, "no"))).collect();
     format!("<domaincheckpoint><name>{name}</name><disks>{disks}</disks></domaincheckpoint>")
@@ -164,8 +164,13 @@ mod tests {
     #[test]
     fn names_come_back_and_those_of_others_are_not_ours() {
         assert_eq!(name("p1").to_string(), "icecore.r1.c1.p1");
-        assert_eq!(CheckpointName::of(&name("p1").bitmap(NamePart::new("vda").unwrap())), name("p1"));
-        for foreign in ["virtnbdbackup.0", "icecore", "icecore.a.b", "icecore.a.b.c.d", "icecore.a..c"] {
+        assert_eq!(
+            CheckpointName::of(&name("p1").bitmap(NamePart::new("vda").unwrap())),
+            name("p1")
+        );
+        for foreign in
+            ["virtnbdbackup.0", "icecore", "icecore.a.b", "icecore.a.b.c.d", "icecore.a..c"]
+        {
             assert!(foreign.parse::<CheckpointName>().is_err(), "{foreign}");
         }
     }

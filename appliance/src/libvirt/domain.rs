@@ -136,7 +136,12 @@ impl Domain {
     /// The names of all its checkpoints.
     pub fn checkpoint_names(&self) -> Result<Vec<String>, VirshError> {
         let names = self.call("checkpoint-list", &["--name"], QUICK)?;
-        Ok(names.lines().map(str::trim).filter(|name| !name.is_empty()).map(str::to_owned).collect())
+        Ok(names
+            .lines()
+            .map(str::trim)
+            .filter(|name| !name.is_empty())
+            .map(str::to_owned)
+            .collect())
     }
 
     /// Its checkpoints of ours, with the sizes of their bitmaps where it runs.
@@ -146,7 +151,8 @@ impl Domain {
         let described = ours.map(|name| {
             let mut more = vec!["--checkpointname", name.as_str(), "--no-domain"];
             more.extend(running.then_some("--size"));
-            let text = self.call("checkpoint-dumpxml", &more, QUICK).map_err(|e| e.failure(tried))?;
+            let text =
+                self.call("checkpoint-dumpxml", &more, QUICK).map_err(|e| e.failure(tried))?;
             checkpoint::parse(&text).map_err(|e| Failure::failed(tried, e))
         });
         described.collect()
@@ -157,9 +163,7 @@ impl Domain {
     pub fn delete_checkpoint(&self, name: &str) -> Result<(), VirshError> {
         let deleted = self.call("checkpoint-delete", &["--checkpointname", name], QUICK);
         match deleted {
-            Err(e) if e.said.contains("not found in backing chain") => {
-                self.forget_checkpoint(name)
-            }
+            Err(e) if e.said.contains("not found in backing chain") => self.forget_checkpoint(name),
             Err(e) if e.said.contains("checkpoint not found") => Ok(()),
             other => other.map(drop),
         }
@@ -219,7 +223,8 @@ fn capacities(answer: &str) -> BTreeMap<String, u64> {
     let mut sizes = BTreeMap::new();
     for line in answer.lines() {
         let Some((key, value)) = line.trim().split_once('=') else { continue };
-        let Some((number, field)) = key.strip_prefix("block.").and_then(|k| k.split_once('.')) else {
+        let Some((number, field)) = key.strip_prefix("block.").and_then(|k| k.split_once('.'))
+        else {
             continue;
         };
         match field {

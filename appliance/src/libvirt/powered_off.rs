@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use icecore_repository::DiskId;
+use icecore_repository::{DiskId, Repository};
 
 use super::checkpoint::{self, Checkpoint, CheckpointName};
 use super::xml::{Description, DomainDisk};
@@ -38,10 +38,14 @@ impl PoweredOff {
         Ok(Self { domain: domain.clone(), images, machine })
     }
 
-    /// Brings what libvirt remembers of our checkpoints into line with the bitmaps in the images.
-    pub fn reconcile(&self, dir: &RunDir, tried: &str) -> Outcome<()> {
-        let known = self.domain.our_checkpoints(false, tried)?;
-        let found = bitmaps(&self.images)?;
+    /// Brings what libvirt remembers of the checkpoints of a repository into line with the bitmaps
+    /// in the images.
+    pub fn reconcile(&self, repository: &Repository, dir: &RunDir, tried: &str) -> Outcome<()> {
+        let own = repository.id().to_string();
+        let mut known = self.domain.our_checkpoints(false, tried)?;
+        known.retain(|one| is_of(&one.name, &own));
+        let mut found = bitmaps(&self.images)?;
+        found.retain(|name, _| is_of(name, &own));
         for name in stale(&known, &found) {
             self.domain.forget_checkpoint(&name).map_err(|e| e.failure(tried))?;
         }
@@ -57,6 +61,10 @@ impl PoweredOff {
         }
         Ok(())
     }
+}
+
+fn is_of(name: &str, repository: &str) -> bool {
+    name.parse::<CheckpointName>().is_ok_and(|name| name.repository.as_str() == repository)
 }
 
 type Refused = Vec<(DiskId, String)>;
@@ -78,7 +86,10 @@ fn refusal(disk: &DomainDisk) -> Option<String> {
     if disk.refusal.is_some() {
         disk.refusal.clone()
     } else if disk.path.is_none() {
-        Some("it is in no local file or device: it can only be backed up while the domain runs".into())
+        Some(
+            "it is in no local file or device: it can only be backed up while the domain runs"
+                .into(),
+        )
     } else if disk.format.is_none() {
         Some("its format is neither raw nor qcow2: start the domain to back it up".into())
     } else {

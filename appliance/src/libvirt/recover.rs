@@ -128,7 +128,11 @@ pub fn abort(domain: &Domain, socket: &Path) -> Result<(), VirshError> {
 }
 
 /// Looks at a domain; `None` where it is gone.
-pub fn observe(domain: &Domain, socket: &Path, tried: &str) -> crate::failure::Outcome<Option<Observed>> {
+pub fn observe(
+    domain: &Domain,
+    socket: &Path,
+    tried: &str,
+) -> crate::failure::Outcome<Option<Observed>> {
     let running = match domain.state() {
         Ok(state) => state != State::ShutOff,
         Err(e) if e.kind == Kind::NoDomain => return Ok(None),

@@ -87,6 +87,14 @@ pub fn parse(text: &str) -> Result<Description, String> {
     })
 }
 
+/// The UUID in a domain's XML, where it is one.
+pub fn uuid(text: &str) -> Option<String> {
+    let document = Document::parse(text).ok()?;
+    let uuid = child(document.root_element(), "uuid")?.text()?.trim();
+    let allowed = |b: u8| b.is_ascii_hexdigit() || b == b'-';
+    (uuid.len() == 36 && uuid.bytes().all(allowed)).then(|| uuid.to_ascii_lowercase())
+}
+
 pub(super) fn child<'a, 'i>(node: Node<'a, 'i>, name: &str) -> Option<Node<'a, 'i>> {
     node.children().find(|child| child.has_tag_name(name))
 }
@@ -117,7 +125,8 @@ fn disk(node: Node<'_, '_>) -> Option<DomainDisk> {
         serial: child(node, "serial").and_then(|s| s.text()).map(str::to_owned),
         path: path.map(PathBuf::from),
         format,
-        iothread: driver.is_some_and(|d| d.has_attribute("iothread") || child(d, "iothreads").is_some())
+        iothread: driver
+            .is_some_and(|d| d.has_attribute("iothread") || child(d, "iothreads").is_some())
             || controller_has_iothread(node),
         refusal: refusal(node, &target),
         read_only: child(node, "readonly").is_some(),
@@ -243,7 +252,12 @@ mod tests {
 
     #[test]
     fn what_is_no_domain_is_an_error() {
-        for bad in ["", "<domain/>", "<domain><name>a</name></domain>", "<!DOCTYPE a [<!ENTITY x 'y'>]><a/>"] {
+        for bad in [
+            "",
+            "<domain/>",
+            "<domain><name>a</name></domain>",
+            "<!DOCTYPE a [<!ENTITY x 'y'>]><a/>",
+        ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

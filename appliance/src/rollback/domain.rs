@@ -113,7 +113,7 @@ impl Rollback<'_> {
         self.machine = Some(off.machine.clone());
         let rolled = self.images(&off.images, safety).await;
         let dir = RunDir::of(self.context, self.job.id())?;
-        if let Err(failure) = off.reconcile(&dir, self.tried) {
+        if let Err(failure) = off.reconcile(self.repository, &dir, self.tried) {
             // The next point of a disk whose checkpoint is lost is a whole read.
             tracing::warn!("{failure}");
         }

@@ -9,10 +9,10 @@ use super::{Freeze, LibvirtCapture, owner};
 use crate::capture::Task;
 use crate::capture::scratch::{FREE_PERCENT_MIN, ScratchDir, Space, space};
 use crate::failure::{Failure, Outcome};
+use crate::libvirt::Kind;
 use crate::libvirt::checkpoint::{self, CheckpointName};
 use crate::libvirt::job::{self, JobDisk};
 use crate::libvirt::xml::Agent;
-use crate::libvirt::Kind;
 use crate::names::human_bytes;
 
 /// The guest stays frozen no longer than this whatever happens to us: beginning a job takes 0.3 s.

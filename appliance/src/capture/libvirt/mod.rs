@@ -68,11 +68,7 @@ pub struct LibvirtCapture {
 
 impl LibvirtCapture {
     /// Looks at a domain that runs. A backup job of somebody else is refused.
-    pub fn open(
-        domain: Domain,
-        warden: WardenClient,
-        settings: Settings,
-    ) -> Outcome<Self> {
+    pub fn open(domain: Domain, warden: WardenClient, settings: Settings) -> Outcome<Self> {
         let tried = settings.tried.clone();
         require_no_job(&domain, &tried)?;
         let description = domain.describe(&tried)?;
@@ -106,9 +102,8 @@ impl LibvirtCapture {
 
     /// Targets of the domain that are in `tasks`, and those that are not.
     fn split_targets(&self, wanted: impl Fn(&Task) -> bool) -> (Vec<&str>, Vec<&str>) {
-        let chosen = |index: usize| {
-            self.tasks.iter().any(|task| task.index == index && wanted(task))
-        };
+        let chosen =
+            |index: usize| self.tasks.iter().any(|task| task.index == index && wanted(task));
         let (mut inside, mut outside) = (Vec::new(), Vec::new());
         for (index, disk) in self.description.disks.iter().enumerate() {
             let side = if chosen(index) { &mut inside } else { &mut outside };

@@ -150,9 +150,8 @@ mod tests {
     fn scratch_ends_the_job_before_it_is_full() {
         let (mut watch, start) = (Watch::default(), Instant::now());
         watch.told(Order::Job(job()), start);
-        let duty = |used_bytes, free_bytes| {
-            watch.duty(Some(Room { used_bytes, free_bytes }), start)
-        };
+        let duty =
+            |used_bytes, free_bytes| watch.duty(Some(Room { used_bytes, free_bytes }), start);
         assert_eq!(duty(99, 10), Duty::Nothing);
         assert!(matches!(duty(100, 10), Duty::EndJob(_)));
         assert!(matches!(duty(0, 9), Duty::EndJob(_)));
