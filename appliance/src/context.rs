@@ -17,6 +17,8 @@ const MEMORY_MIN: u64 = 32 << 20;
 #[derive(Debug)]
 pub struct Context {
     pub config: Config,
+    /// The configuration file that the command names.
+    pub config_path: Option<PathBuf>,
     pub state: State,
     pub cache_dir: PathBuf,
     pub json: bool,
@@ -36,6 +38,7 @@ impl Context {
         let cache = global.cache_dir.clone().unwrap_or_else(|| global.state_dir.join("cache"));
         Ok(Self {
             config: Config::load(global.config.as_deref())?,
+            config_path: global.config.clone(),
             state: State::new(&global.state_dir),
             cache_dir: cache,
             json: global.json,

@@ -72,9 +72,9 @@ impl Failure {
     pub fn from_repository(tried: impl Into<String>, error: RepositoryError) -> Self {
         let status = match &error {
             _ if error.damage().is_some() => Status::Damaged,
-            RepositoryError::Refused { .. } | RepositoryError::InitRefused { .. } => {
-                Status::Refused
-            }
+            RepositoryError::Refused { .. }
+            | RepositoryError::InitRefused { .. }
+            | RepositoryError::OverLimit { .. } => Status::Refused,
             RepositoryError::NotARepository { .. }
             | RepositoryError::NotFound { .. }
             | RepositoryError::Ambiguous { .. }

@@ -32,6 +32,8 @@ pub struct Vm {
     pub reach: Reach,
     /// The disks that the configuration names; all when empty.
     pub disks: Vec<String>,
+    /// The configured command that starts it after a rollback.
+    pub restart: Vec<String>,
 }
 
 impl Vm {
@@ -56,14 +58,16 @@ impl Vm {
                 return Err(Failure::usage(tried, why));
             }
         };
-        Ok(Self { name: vm_name(name, tried)?, reach, disks: config.disks.clone() })
+        let (disks, restart) = (config.disks.clone(), config.restart.clone());
+        Ok(Self { name: vm_name(name, tried)?, reach, disks, restart })
     }
 
     fn in_place(args: &VmArgs, tried: &str) -> Outcome<Self> {
         if let [uri, domain] = args.libvirt.as_slice() {
             let domain = Domain::find(Virsh::new(uri)?, domain, tried)?;
             let name = vm_name(args.name.as_ref().unwrap_or(&domain.name), tried)?;
-            return Ok(Self { name, reach: Reach::Libvirt(domain), disks: Vec::new() });
+            let (disks, restart) = (Vec::new(), Vec::new());
+            return Ok(Self { name, reach: Reach::Libvirt(domain), disks, restart });
         }
         let Some(name) = &args.name else {
             return Err(Failure::usage(tried, "no VM is named")
@@ -77,7 +81,8 @@ impl Vm {
             }
             None => Reach::Images(images(&args.image)?),
         };
-        Ok(Self { name: vm_name(name, tried)?, reach, disks: Vec::new() })
+        let (disks, restart) = (Vec::new(), Vec::new());
+        Ok(Self { name: vm_name(name, tried)?, reach, disks, restart })
     }
 
     /// Its QMP socket, if it runs.

@@ -159,6 +159,12 @@ impl PointWriter {
         &self.chain
     }
 
+    /// Lets the point store so many bytes of blocks; a push of more fails with `OverLimit`. Counts
+    /// from the first block on, so it is said before the first disk.
+    pub fn limit_stored(&self, bytes: u64) {
+        self.session.allow(bytes);
+    }
+
     /// Begins a disk. Several may be written at once, from several threads.
     ///
     /// # Errors

@@ -157,6 +157,14 @@ pub enum Error {
         /// What to do instead.
         advice: &'static str,
     },
+    /// The point would store more than it was allowed.
+    #[error("point {point} would store more than the {bytes} bytes that it may; it is not written")]
+    OverLimit {
+        /// The point.
+        point: PointId,
+        /// What it was allowed.
+        bytes: u64,
+    },
     /// An earlier failure of the same point writer; what it wrote cannot be trusted.
     #[error("point {point} failed earlier ({why}); begin a new point")]
     Poisoned {

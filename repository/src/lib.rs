@@ -28,6 +28,7 @@ mod names;
 mod pack;
 pub mod point;
 mod reader;
+mod record;
 mod repository;
 mod resolve;
 mod session;
@@ -56,5 +57,6 @@ pub use point::{
     Frame, Location, ParentBlock, PartInfo, Point, PointDisk, PointMeta, RunRef, WriterInfo,
 };
 pub use reader::{Diff, DiskReader, Entries};
+pub use record::RecordState;
 pub use repository::{InitOptions, OpenOptions, Repository, RepositoryInfo};
 pub use sink::{DiskSink, DiskStart, DiskWriter, ParentCursor};

@@ -1,7 +1,8 @@
 //! What the hands of one point writer share: the open pack, the dedup index, the first failure.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::block::Compression;
 use crate::dedup::DedupIndex;
@@ -49,6 +50,10 @@ struct Disks {
     finished: Vec<FinishedDisk>,
 }
 
+/// What a point may store, where there is a limit, and what it has stored.
+#[derive(Default)]
+struct Allowance(OnceLock<(u64, AtomicU64)>);
+
 /// Shared by the hands of one point writer.
 pub(crate) struct Session {
     pub(crate) inner: Arc<Inner>,
@@ -59,6 +64,7 @@ pub(crate) struct Session {
     packs: Mutex<Packs>,
     disks: Mutex<Disks>,
     failure: Mutex<Option<String>>,
+    allowance: Allowance,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -72,8 +78,23 @@ impl Session {
         dedup: DedupIndex,
         quarantined: BTreeSet<PackId>,
     ) -> Self {
-        let (packs, disks, failure) = Default::default();
-        Self { inner, point, dedup, quarantined, packs, disks, failure }
+        let (packs, disks, failure, allowance) = Default::default();
+        Self { inner, point, dedup, quarantined, packs, disks, failure, allowance }
+    }
+
+    /// Allows the point to store so many bytes of blocks and no more.
+    pub(crate) fn allow(&self, bytes: u64) {
+        self.allowance.0.get_or_init(|| (bytes, AtomicU64::new(0)));
+    }
+
+    /// Counts bytes of a block that was stored against what is allowed.
+    pub(crate) fn spend(&self, bytes: u64) -> Result<()> {
+        let Some((limit, spent)) = self.allowance.0.get() else { return Ok(()) };
+        let before = spent.fetch_add(bytes, Ordering::Relaxed);
+        self.guard(|| match before.checked_add(bytes) {
+            Some(sum) if sum <= *limit => Ok(()),
+            _ => Err(Error::OverLimit { point: self.point.clone(), bytes: *limit }),
+        })
     }
 
     pub(crate) fn compression(&self) -> Compression {

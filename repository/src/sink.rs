@@ -172,6 +172,9 @@ impl DiskSink {
                     return Err(self.wrong(index, "it was encoded with another length"));
                 }
                 let placed = self.session.place(&id, &frame)?;
+                if placed.stored {
+                    self.session.spend(frame.bytes.len() as u64)?;
+                }
                 self.count(&placed, bytes, frame.bytes.len() as u64);
                 self.note_open(index, placed.open_pack);
                 self.session.guard(|| self.map.put(index, Slot::Data(id, placed.location)))

@@ -36,6 +36,8 @@ pub struct Request {
     pub label: Option<String>,
     pub description: Option<String>,
     pub rate_limit: Option<u64>,
+    /// The bytes that the point may store, by a quota.
+    pub stored_limit: Option<u64>,
     /// Fail when a disk would be read whole although it has a parent.
     pub strict: bool,
     pub paranoid: bool,
@@ -235,6 +237,9 @@ impl<C: Capture> Backup<'_, C> {
             .repository
             .begin_point(begin)
             .map_err(|e| Failure::from_repository(self.tried(), e))?;
+        if let Some(bytes) = self.request.stored_limit {
+            writer.limit_stored(bytes);
+        }
         self.job.record.point = Some(writer.id().to_string());
         self.job.record.chain = Some(writer.chain().to_string());
         Ok(Some(writer))

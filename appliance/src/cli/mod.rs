@@ -15,6 +15,7 @@ pub use vm_args::VmArgs;
 use crate::context::Context;
 use crate::failure::{Failure, Outcome, Status};
 use crate::interrupt::survive_file_size_limit;
+use crate::policy::notify::{self, Event};
 use crate::state::State;
 use crate::{commands, guardian_process, hook};
 use args::{Cli, Command, HookCommand};
@@ -57,8 +58,32 @@ fn run_command(cli: Cli) -> Outcome<u8> {
         .map_err(|e| Failure::failed("start icecore", e))?;
     runtime.block_on(async {
         survive_file_size_limit()?;
-        dispatch(&context, cli.command).await
+        let job = cli.command.job();
+        let outcome = dispatch(&context, cli.command).await;
+        if let Some(vm) = job {
+            tell(&context, vm.as_deref(), &outcome);
+        }
+        outcome
     })
+}
+
+/// Tells those whom the configuration names of a job that failed.
+fn tell(context: &Context, vm: Option<&str>, outcome: &Outcome<u8>) {
+    let notify = context.config.notify.as_ref();
+    match outcome {
+        // Whoever typed it wrong, or ended it, knows.
+        Err(failure) if matches!(failure.status, Status::Usage | Status::Interrupted) => {}
+        Err(failure) => {
+            let Failure { tried, why, next, .. } = failure;
+            notify::tell(notify, &Event::Failed { tried, why, next: next.as_deref() }, vm);
+        }
+        Ok(DAMAGED) => {
+            let (tried, why) = ("vouch for the repository", "the check found damage");
+            let next = Some("see 'icecore check'");
+            notify::tell(notify, &Event::Failed { tried, why, next }, vm);
+        }
+        Ok(_) => {}
+    }
 }
 
 async fn dispatch(context: &Context, command: Command) -> Outcome<u8> {
@@ -80,6 +105,11 @@ async fn dispatch(context: &Context, command: Command) -> Outcome<u8> {
         Command::Doctor(args) => commands::doctor::run(context, args).await,
         Command::Completions(args) => commands::generate::completions(args),
         Command::Man(args) => commands::generate::man(&args.dir),
+        Command::Prune(args) => commands::prune::run(context, args),
+        Command::Record(command) => commands::record::run(context, command),
+        Command::Schedule(command) => commands::schedule::run(context, command),
+        Command::Quota(command) => commands::quota::run(context, command),
+        Command::Status { repo } => commands::status::run(context, repo.repo.as_deref()),
         // They were dealt with before there was a context.
         Command::Guardian | Command::Warden | Command::Config(_) => {
             Err(Failure::usage("run a command", "it has a way of its own"))

@@ -4,6 +4,7 @@ use icecore_qmp::bitmap::NamePart;
 use icecore_qmp::guardian::protocol::{Freeze, Then};
 use icecore_repository::{DiskId, Repository, VmName};
 
+use super::quota::of_backup;
 use crate::backup::{Backup, Request, granularity};
 use crate::capture::Capture;
 use crate::capture::decide::Level;
@@ -20,6 +21,7 @@ use crate::job::Job;
 use crate::libvirt::{Domain, PoweredOff, State};
 use crate::names::human_bytes;
 use crate::output::{self, Rows};
+use crate::policy::notify::{self, Event};
 use crate::recovery;
 use crate::report::BackupReport;
 use crate::state::{IntentLog, JobKind, LibvirtRun};
@@ -29,7 +31,9 @@ use crate::target::{self, Reach, Vm};
 pub async fn run(context: &Context, args: BackupArgs) -> Outcome<u8> {
     let vm = Vm::from_args(context, &args.vm, "back up a VM")?;
     let tried = format!("back up {} to {}", vm.name, args.repo.repo);
-    let request = request(&vm, &args, &tried)?;
+    let mut request = request(&vm, &args, &tried)?;
+    let limits = [args.rate_limit, context.config.limits.rate];
+    request.rate_limit = limits.into_iter().flatten().min();
     let interrupt = Interrupt::listen()?;
     let named = context.repository_name(&args.repo.repo)?;
     let mut job = Job::begin(context, JobKind::Backup, &named, &vm.lock_keys(), &tried)?;
@@ -39,6 +43,12 @@ pub async fn run(context: &Context, args: BackupArgs) -> Outcome<u8> {
         Ok(repository) => repository,
         Err(failure) => return job.end(context, Err(failure)),
     };
+    if !args.dry_run {
+        request.stored_limit = match of_backup(context, &repository, vm.name.as_str(), &tried) {
+            Ok(limit) => limit,
+            Err(failure) => return job.end(context, Err(failure)),
+        };
+    }
     fill_record(&mut job, &vm, &request, &repository);
     job.save(context)?;
     let run = Run {
@@ -63,8 +73,19 @@ pub async fn run(context: &Context, args: BackupArgs) -> Outcome<u8> {
         recovery::recover_all(context, None).await;
     }
     let report = ended?;
+    tell_of_fallbacks(context, &report);
     print(context, &report)?;
     Ok(OK)
+}
+
+fn tell_of_fallbacks(context: &Context, report: &BackupReport) {
+    let Some(point) = &report.point else { return };
+    for disk in &report.disks {
+        if let Some(reason) = &disk.reason {
+            let event = Event::ReadWhole { disk: &disk.disk, reason, point };
+            notify::tell(context.config.notify.as_ref(), &event, Some(&report.vm));
+        }
+    }
 }
 
 struct Run<'a> {
@@ -235,6 +256,7 @@ fn request(vm: &Vm, args: &BackupArgs, tried: &str) -> Outcome<Request> {
         label: args.label.clone(),
         description: args.description.clone(),
         rate_limit: args.rate_limit,
+        stored_limit: None,
         strict: args.on_fallback == FallbackArg::Fail,
         paranoid: args.paranoid,
         dry_run: args.dry_run,

@@ -24,6 +24,8 @@ use crate::target::{self, Reach, Vm};
 
 /// How long the agent may take to freeze before a rollback; it goes on without.
 const FREEZE_LIMIT_MS: u64 = 5000;
+/// A configured command only has to start the VM, not to wait for its services.
+const RESTART_LIMIT: std::time::Duration = std::time::Duration::from_secs(120);
 
 #[derive(Debug, Serialize)]
 struct RollbackReport {
@@ -41,7 +43,9 @@ pub async fn run(context: &Context, args: RollbackArgs) -> Outcome<u8> {
     let started = std::time::Instant::now();
     let vm = Vm::from_args(context, &args.vm, "roll a VM back")?;
     let tried = format!("roll {} back to {}", vm.name, args.to);
-    let request = request(&args, &tried)?;
+    let mut request = request(&args, &tried)?;
+    let command = if request.restart && !args.dry_run { &vm.restart[..] } else { &[] };
+    request.restart &= command.is_empty();
     let interrupt = Interrupt::listen()?;
     let named = context.repository_name(&args.repo.repo)?;
     let mut job = Job::begin(context, JobKind::Rollback, &named, &vm.lock_keys(), &tried)?;
@@ -77,11 +81,33 @@ pub async fn run(context: &Context, args: RollbackArgs) -> Outcome<u8> {
         // In place of a guardian that died; one that still tries is left to it.
         recovery::recover_all(context, None).await;
     }
-    let done = ended?;
+    let mut done = ended?;
+    if !command.is_empty() {
+        restart(command, &tried).await?;
+        done.vm_restarted = true;
+    }
     let seconds = started.elapsed().as_secs_f64();
     let (point, vm, dry_run) = (point.id.to_string(), vm.name.to_string(), args.dry_run);
     print(context, RollbackReport { point, vm, job: id, done, dry_run, seconds })?;
     Ok(OK)
+}
+
+/// Starts the VM as the configuration says.
+async fn restart(command: &[String], tried: &str) -> Outcome<()> {
+    let Some((program, arguments)) = command.split_first() else { return Ok(()) };
+    let failed = |why: String| {
+        let why = format!("the disks are rolled back and verified, but {program}: {why}");
+        Failure::failed(tried, why).next("start the VM by hand; nothing has to be written again")
+    };
+    let mut process = tokio::process::Command::new(program);
+    process.args(arguments).stdin(std::process::Stdio::null()).kill_on_drop(true);
+    process.stdout(std::process::Stdio::null());
+    match tokio::time::timeout(RESTART_LIMIT, process.status()).await {
+        Ok(Ok(status)) if status.success() => Ok(()),
+        Ok(Ok(status)) => Err(failed(format!("it ended with {status}"))),
+        Ok(Err(error)) => Err(failed(error.to_string())),
+        Err(_) => Err(failed(format!("it did not end within {} s", RESTART_LIMIT.as_secs()))),
+    }
 }
 
 #[allow(clippy::too_many_arguments)] // One call, from one place.
@@ -177,6 +203,8 @@ fn safety_request(vm: &Vm, point: &Point) -> BackupRequest {
         label: Some("safety".into()),
         description: Some(format!("before the rollback to {}", point.id)),
         rate_limit: None,
+        // What a rollback would destroy is kept whatever the quota.
+        stored_limit: None,
         strict: false,
         paranoid: false,
         dry_run: false,

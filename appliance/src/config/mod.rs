@@ -244,7 +244,7 @@ pub struct QuotaConfig {
     pub points: Option<u64>,
     /// Stored data in GiB; any amount when left out.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub gigabytes: Option<u64>,
+    pub gigabytes: Option<f64>,
 }
 
 /// What is told of without being asked.
@@ -293,6 +293,8 @@ pub struct ApiConfig {
     /// The unix socket.
     #[serde(default = "default_socket")]
     pub socket: PathBuf,
+    /// A group whose members may use the socket as operators; root alone when left out.
+    pub group: Option<String>,
     /// A TCP address as well; it needs `tls` and at least one token.
     pub listen: Option<Reference>,
     /// Certificate and key for `listen`.
@@ -304,7 +306,13 @@ pub struct ApiConfig {
 
 impl Default for ApiConfig {
     fn default() -> Self {
-        Self { socket: default_socket(), listen: None, tls: None, tokens: BTreeMap::new() }
+        Self {
+            socket: default_socket(),
+            group: None,
+            listen: None,
+            tls: None,
+            tokens: BTreeMap::new(),
+        }
     }
 }
 

@@ -26,6 +26,8 @@ pub(super) fn problems(config: &Config, places: &Places) -> Vec<Problem> {
         let table = format!("quota.{name}");
         let some = quota.points.is_some() || quota.gigabytes.is_some();
         all.require(some, &table, || "it limits nothing: give points or gigabytes".into());
+        let size = quota.gigabytes.is_none_or(|size| size.is_finite() && size >= 0.0);
+        all.require(size, &table, || "gigabytes is no size".into());
         let used = config.vm.values().any(|vm| vm.project.as_ref() == Some(name));
         all.require(used, &table, || format!("no VM has project = \"{name}\""));
     }
@@ -193,6 +195,7 @@ mod tests {
             ("[vm.'a/b']\nqmp = '/q'\n", "1 "),
             ("[repository.r]\nurl = '/r'\nkey_file = '/k'\n", "encrypted"),
             ("[quota.p]\npoints = 3\n", "no VM has project"),
+            ("[quota.p]\ngigabytes = nan\n", "no size"),
             ("[limits]\njobs = 0\n", "jobs = 0"),
             ("[notify]\n", "tells nobody"),
             ("[notify]\nmail = [\"a@b\\nBcc: c@d\"]\n", "no mail address"),

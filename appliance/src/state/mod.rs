@@ -5,6 +5,7 @@
 //! STATE/jobs/JOB.json     the job record, replaced whole
 //! STATE/jobs/JOB.intents  one JSON line a step, durable before the step is taken
 //! STATE/scratch/JOB/      scratch images of a run
+//! STATE/schedule/         which moments of schedules were dealt with
 //! STATE/cache/            disposable
 //! ```
 //!
@@ -14,6 +15,7 @@ mod durable;
 pub mod intents;
 pub mod jobs;
 pub mod locks;
+pub mod marks;
 
 use std::path::{Path, PathBuf};
 
