@@ -46,7 +46,13 @@ impl Vm {
     }
 
     fn configured(context: &Context, name: &str, tried: &str) -> Outcome<Self> {
+        let libvirt = context.config.libvirt.as_ref().filter(|libvirt| libvirt.has(name));
         let Some(config) = context.config.vm.get(name) else {
+            if let Some(libvirt) = libvirt {
+                let domain = Domain::find(Virsh::new(&libvirt.uri)?, name, tried)?;
+                let name = vm_name(name, tried)?;
+                return Ok(Self { name, reach: Reach::Libvirt(domain), disks: Vec::new() });
+            }
             return Err(Failure::usage(tried, format!("the configuration has no VM {name}"))
                 .next(format!("add [vm.{name}], or name its socket with --qmp and --name")));
         };

@@ -671,12 +671,42 @@ pub enum VmCommand {
         #[command(flatten)]
         repo: OptionalRepoArgs,
     },
+    /// Make a new VM of a point: its disks and its definition
+    #[command(
+        after_help = "Example:\n  icecore vm create --from latest --name vm2 --repo /backup \\\n    \
+--libvirt qemu:///system --dir /var/lib/libvirt/images"
+    )]
+    Create(VmCreateArgs),
     /// Remove all that is ours from a VM, bitmaps too
     #[command(after_help = "Example:\n  icecore vm release --qmp /run/vm1.qmp --name vm1")]
     Release {
         #[command(flatten)]
         vm: VmArgs,
     },
+}
+
+#[derive(Debug, Args)]
+pub struct VmCreateArgs {
+    /// Point: an id, a unique prefix, latest, latest~N
+    #[arg(long, value_name = "POINT")]
+    pub from: String,
+    /// For `latest`: of this VM
+    #[arg(long, value_name = "NAME")]
+    pub vm: Option<String>,
+    #[command(flatten)]
+    pub repo: RepoArgs,
+    /// The new VM's name
+    #[arg(long, value_name = "NAME")]
+    pub name: String,
+    /// Define it in this libvirt, too
+    #[arg(long, value_name = "URI")]
+    pub libvirt: Option<String>,
+    /// Where its disks and its definition go; made where it is missing
+    #[arg(long, value_name = "DIR")]
+    pub dir: PathBuf,
+    /// The old VM's UUID and MAC addresses, for one that is gone
+    #[arg(long)]
+    pub keep_identity: bool,
 }
 
 #[derive(Debug, Subcommand)]

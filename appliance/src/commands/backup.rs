@@ -139,20 +139,28 @@ impl Run<'_> {
         args: &BackupArgs,
     ) -> Outcome<BackupReport> {
         match domain.state().map_err(|e| e.failure(self.tried))? {
-            State::Running | State::Paused => {}
+            State::Running | State::Paused => self.domain_that_runs(job, domain, args).await,
+            State::ShutOff if args.consistency == ConsistencyArg::Filesystem => {
+                Err(no_filesystems(self.tried))
+            }
+            State::ShutOff => self.domain_that_is_off(job, domain).await,
             State::IoError => {
                 let why = "libvirt has stopped the domain over a failed write";
-                return Err(Failure::refused(self.tried, why).next("see to its storage first"));
+                Err(Failure::refused(self.tried, why).next("see to its storage first"))
             }
-            State::ShutOff if args.consistency == ConsistencyArg::Filesystem => {
-                return Err(no_filesystems(self.tried));
-            }
-            State::ShutOff => return self.domain_that_is_off(job, domain).await,
             State::Other => {
                 let why = "the domain is on its way from one state to another";
-                return Err(Failure::refused(self.tried, why).next("try again when it is there"));
+                Err(Failure::refused(self.tried, why).next("try again when it is there"))
             }
         }
+    }
+
+    async fn domain_that_runs(
+        &self,
+        job: &mut Job,
+        domain: &Domain,
+        args: &BackupArgs,
+    ) -> Outcome<BackupReport> {
         let base = match &args.scratch {
             Some(dir) => dir.clone(),
             None => self.context.state.root().join("scratch"),

@@ -21,3 +21,4 @@ pub mod rollback;
 pub mod schedule;
 pub mod status;
 pub mod vm;
+pub mod vm_create;

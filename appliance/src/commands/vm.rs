@@ -29,6 +29,7 @@ pub async fn run(context: &Context, command: VmCommand) -> Outcome<u8> {
     match command {
         VmCommand::List { repo } => list(context, repo.repo.as_deref()),
         VmCommand::Show { vm, repo } => show(context, &vm, repo.repo.as_deref()).await,
+        VmCommand::Create(args) => super::vm_create::run(context, &args).await,
         VmCommand::Release { vm } => release(context, &vm).await,
     }
 }

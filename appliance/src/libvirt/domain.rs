@@ -65,6 +65,17 @@ impl Domain {
         }
     }
 
+    /// Whether there is a domain of this name.
+    pub fn is_known(virsh: &Virsh, name: &str) -> Result<bool, VirshError> {
+        let list = virsh.run(&["list", "--all", "--uuid", "--name"], QUICK)?;
+        Ok(pick(&list, name).is_some())
+    }
+
+    /// Defines a domain; it stays off.
+    pub fn define(virsh: &Virsh, definition: &Path) -> Result<(), VirshError> {
+        virsh.run(&["define", "--file", &definition.to_string_lossy()], QUICK).map(drop)
+    }
+
     fn call(&self, command: &str, more: &[&str], deadline: Duration) -> Result<String, VirshError> {
         let mut arguments = vec![command, "--domain", &self.uuid];
         arguments.extend(more);

@@ -11,6 +11,7 @@ pub mod emulator;
 pub mod job;
 pub mod powered_off;
 pub mod recover;
+pub mod rewrite;
 mod virsh;
 pub mod warden;
 pub mod xml;

@@ -120,14 +120,13 @@ impl LibvirtCapture {
     }
 
     /// Begins the job and, in the same instant, the checkpoint.
-    pub(super) fn begin(&mut self, prepared: &Prepared) -> Outcome<()> {
+    pub(super) fn begin(&self, prepared: &Prepared) -> Outcome<()> {
         let begun = self.domain.begin_backup(&prepared.job, prepared.checkpoint.as_deref());
         begun.map_err(|e| {
-            if e.kind == Kind::Other {
-                // libvirt undoes what it could not begin.
-                self.checkpoint = None;
-            }
-            e.failure(&self.settings.tried)
+            let unknown = matches!(e.kind, Kind::TimedOut | Kind::Unreachable);
+            let failure = e.failure(&self.settings.tried);
+            // It may begin yet: the next start of any command looks again.
+            if unknown { failure.unclean() } else { failure }
         })
     }
 

@@ -108,12 +108,13 @@ impl Warden {
     }
 
     fn end_job(&mut self, why: &str) {
-        self.leash.cut();
+        // The reason first: it is asked for when a read has failed.
         if let Ok(mut line) = serde_json::to_vec(&Ended { why: why.to_owned() }) {
             line.push(b'\n');
             // A worker that is gone needs no reason.
             let _ = self.stream.write_all(&line);
         }
+        self.leash.cut();
         if let Some(job) = self.watch.forget_job() {
             end(&self.domain, &job);
         }
