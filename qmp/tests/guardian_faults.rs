@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use guardian_rig::{MIB, Machine, Qemu, RUN, bitmap, ended, instant, keep_alive, run, text};
+use icecore_qmp::capture::guest_io::DeviceIo;
 use icecore_qmp::guardian::GuardianClient;
 use icecore_qmp::guardian::protocol::{ErrorKind, Form, Then};
 use icecore_qmp::recover::Intents;
@@ -55,6 +56,42 @@ async fn nor_one_whose_disks_are_in_an_iothread() {
     if qemu.exports_from_iothreads() {
         stall(qemu).await;
     }
+}
+
+/// The guest's counters: they count what its devices do, and asking for them is no sign of life.
+#[tokio::test]
+async fn counters_of_the_guest_are_told_and_keep_no_stalled_worker_alive() {
+    let qemu = Qemu::start(&Machine::plain()).await;
+    let (client, thread) = qemu.connected().await;
+    let writes = |io: &[DeviceIo]| io.iter().map(|io| io.writes.operations).sum::<u64>();
+    let before = client.guest_io().await.expect("counters");
+    let path = &qemu.inventory().await.disks[0].drive_path;
+    assert!(before.iter().any(|io| &io.device == path), "{before:?}");
+    // Of the monitor's writes only the asynchronous ones are counted.
+    let line = format!("qemu-io -d {path} \"aio_write -q 0 4096\"");
+    for _ in 0..3 {
+        qemu.ask("human-monitor-command", json!({"command-line": line})).await;
+    }
+    qemu.ask(
+        "human-monitor-command",
+        json!({"command-line": format!("qemu-io -d {path} aio_flush")}),
+    )
+    .await;
+    let after = client.guest_io().await.expect("counters");
+    assert_eq!(writes(&after), writes(&before) + 3);
+    qemu.capture(&client, "p1", None).await;
+    let started = Instant::now();
+    let error = loop {
+        match client.guest_io().await {
+            Ok(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+            Err(error) => break error,
+        }
+        assert!(started.elapsed() < Duration::from_secs(10), "the worker counts as alive");
+    };
+    assert_eq!(error.kind, ErrorKind::WorkerStalled, "{error}");
+    client.drop_new().await.expect("dropped");
+    drop(client);
+    ended(thread).await;
 }
 
 async fn stall(qemu: Qemu) {

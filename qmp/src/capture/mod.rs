@@ -5,6 +5,7 @@
 
 mod agent_channel;
 pub mod call;
+pub mod guest_io;
 pub mod link;
 pub mod names;
 pub mod observe;

@@ -23,6 +23,7 @@ use super::protocol::{
     ToGuardian, ToWorker, WritableDisk,
 };
 use super::spawn;
+use crate::capture::guest_io::DeviceIo;
 use crate::capture::names::DiskIndex;
 use crate::capture::plan::Base;
 use crate::recover::Intents;
@@ -168,6 +169,12 @@ impl GuardianClient {
     /// The sizes of the run's disks; a change undoes the run and is an error.
     pub async fn sizes(&self) -> Result<Vec<u64>, GuardianError> {
         self.request(Request::Sizes).await
+    }
+
+    /// How long the guest's own requests have taken so far. Cheap, never waits for a drain, and
+    /// no sign of life: only [`Pulse::beat`] is.
+    pub async fn guest_io(&self) -> Result<Vec<DeviceIo>, GuardianError> {
+        self.request(Request::GuestIo).await
     }
 
     /// Ends exports and takes the graph out; close the NBD connections first. All bitmaps stay

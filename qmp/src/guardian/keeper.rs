@@ -12,6 +12,7 @@ use super::probe::{Probe, ProbeCommand};
 use super::protocol::{Connect, ErrorKind, GuardianError, Inspection, Released, Request, SwapDisk};
 use super::watch::Live;
 use crate::bitmap::Granularity;
+use crate::capture::guest_io::{DeviceIo, guest_io};
 use crate::capture::link::{CALL_WAIT, Link};
 use crate::capture::names::BITMAP_PREFIX;
 use crate::capture::observe::{QUERY_WAIT, RunState, node_sizes};
@@ -129,6 +130,7 @@ impl Keeper {
             Request::Push(push) => reply(self.push(push).await),
             Request::PushStatus(disk) => reply(self.push_status(disk).await),
             Request::Sizes => reply(self.sizes().await),
+            Request::GuestIo => reply(self.guest_io().await),
             Request::Release => reply(self.release().await),
             Request::Retire(old) => reply(self.settle(CommitState::Committed, old).await),
             Request::DropNew => reply(self.settle(CommitState::NotCommitted, Vec::new()).await),
@@ -141,6 +143,11 @@ impl Keeper {
             Request::Recover(intents, socket) => reply(self.recover(*intents, socket).await),
             Request::Forget(bitmaps) => reply(self.forget(bitmaps).await),
         }
+    }
+
+    /// A failure ends nothing: the next look at the sizes tells what it means.
+    async fn guest_io(&mut self) -> Result<Vec<DeviceIo>, GuardianError> {
+        Ok(guest_io(self.link()?.monitor()).await?)
     }
 
     async fn connect(&mut self, to: Connect) -> Result<(), GuardianError> {

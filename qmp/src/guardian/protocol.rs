@@ -50,6 +50,7 @@ pub enum Request {
     Push(Push),
     PushStatus(DiskIndex),
     Sizes,
+    GuestIo,
     Release,
     Retire(Vec<String>),
     DropNew,
@@ -61,6 +62,14 @@ pub enum Request {
     Abort,
     Recover(Box<Intents>, Option<PathBuf>),
     Forget(Vec<String>),
+}
+
+impl Request {
+    /// Whether it shows that the worker goes on. The guest's counters are asked for by a clock,
+    /// also when nobody reads replies any more.
+    pub fn shows_life(&self) -> bool {
+        *self != Self::GuestIo
+    }
 }
 
 /// Where the QEMU is.

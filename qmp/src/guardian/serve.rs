@@ -133,8 +133,11 @@ impl Server {
         match serde_json::from_slice(line)? {
             ToGuardian::Pulse(counter) => self.watch.pulse(counter, self.started.elapsed()),
             ToGuardian::Request(id, request) => {
+                let shows_life = request.shows_life();
                 let answer = self.keeper.handle(request).await;
-                self.watch.request(self.started.elapsed());
+                if shows_life {
+                    self.watch.request(self.started.elapsed());
+                }
                 let mut reply = serde_json::to_vec(&ToWorker { id, answer })?;
                 reply.push(b'\n');
                 // A worker that does not read its few replies is stopped; it is not waited for.
