@@ -13,6 +13,7 @@ mod context;
 mod data;
 mod export;
 mod failure;
+mod governor;
 mod guardian_process;
 mod hook;
 mod image;

@@ -4,6 +4,8 @@ use icecore_repository::{Consistency, Damage, DiskMode, Point, PointDisk, PointI
 use jiff::Timestamp;
 use serde::Serialize;
 
+use crate::governor::GovernorReport;
+
 /// What `backup` prints.
 #[derive(Debug, Serialize)]
 pub struct BackupReport {
@@ -21,6 +23,8 @@ pub struct BackupReport {
     /// Disks of the VM that are not in the point, and why.
     pub unprotected: Vec<Unprotected>,
     pub dry_run: bool,
+    /// What was done for the guest's sake; none where no guest ran or its care was declined.
+    pub governor: Option<GovernorReport>,
 }
 
 /// A disk that is not in a point.

@@ -48,14 +48,16 @@ struct State {
     governed: Pace,
     meter: Meter,
     in_flight: u32,
+    asked: u64,
+    closed: bool,
 }
 
 impl Pacing {
     /// Keeps to the operator's `limit`, and to what [`govern`](Self::govern) asks for later.
     pub fn new(limit: Pace) -> Arc<Self> {
-        let (governed, meter, in_flight) = (Pace::FREE, Meter::default(), 0);
-        let state = Mutex::new(State { limit, governed, meter, in_flight });
-        Arc::new(Self { state, room: Condvar::new() })
+        let (governed, meter) = (Pace::FREE, Meter::default());
+        let state = State { limit, governed, meter, in_flight: 0, asked: 0, closed: false };
+        Arc::new(Self { state: Mutex::new(state), room: Condvar::new() })
     }
 
     /// Sets what a governor allows from now on. What is under way goes on.
@@ -64,20 +66,33 @@ impl Pacing {
         self.room.notify_all();
     }
 
+    /// Bytes asked for so far.
+    pub fn asked_bytes(&self) -> u64 {
+        self.locked().asked
+    }
+
+    /// Nothing is asked for any more: what would ask ends with
+    /// [`EngineError::Cancelled`](crate::EngineError::Cancelled).
+    pub fn close(&self) {
+        self.locked().closed = true;
+        self.room.notify_all();
+    }
+
     /// Waits until `bytes` more may be asked for and counts them as under way until the ticket is
-    /// dropped; none if `stopped` said so first.
+    /// dropped; none once it is closed, or if `stopped` said so first.
     pub(crate) fn enter(
         self: &Arc<Self>,
         bytes: u64,
         mut stopped: impl FnMut() -> bool,
     ) -> Option<Ticket> {
         let mut state = self.locked();
-        while !stopped() {
+        while !state.closed && !stopped() {
             let now = Instant::now();
             let wait = state.wait(now);
             if wait.is_zero() {
                 state.meter.take(bytes);
                 state.in_flight += 1;
+                state.asked += bytes;
                 return Some(Ticket(Arc::clone(self)));
             }
             let woken = self.room.wait_timeout(state, wait.min(WAKE));
@@ -215,6 +230,9 @@ mod tests {
             pacing.govern(Pace::FREE);
             assert!(held.join().unwrap().is_some());
         });
+        pacing.close();
+        assert!(pacing.enter(1, || false).is_none(), "closed");
+        assert_eq!(pacing.asked_bytes(), 1);
     }
 
     #[test]

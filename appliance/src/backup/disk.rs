@@ -195,6 +195,7 @@ impl<C: Capture> Backup<'_, C> {
         let activity = self.job.activity();
         options.control.pulse = Arc::clone(&activity.pulse);
         options.control.pacing = Arc::clone(&self.pacing);
+        options.priority = self.request.priority;
         let label = format!("{} {}", self.request.vm, disk.seen.id);
         let meter = Meter::new(readable.size_bytes, Arc::clone(&options.control.progress));
         let _shown = Progress::show(label, meter, self.context.quiet);

@@ -8,7 +8,7 @@ mod report;
 use std::sync::Arc;
 use std::time::Instant;
 
-use icecore_io_engine::{Pace, Pacing};
+use icecore_io_engine::{Pace, Pacing, Priority};
 use icecore_qmp::bitmap::{BitmapName, Granularity, NamePart};
 use icecore_repository::{
     BeginPoint, ChainChoice, ChainId, DiskId, DiskMeta, Error as RepositoryError, Point, PointMeta,
@@ -20,6 +20,7 @@ use crate::capture::decide::{Decision, Level, decide};
 use crate::capture::{Capture, Fate, SeenDisk, Taken, Task};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome, Status};
+use crate::governor::Watch;
 use crate::interrupt::Interrupt;
 use crate::job::Job;
 use crate::report::{BackupReport, Unprotected};
@@ -42,6 +43,17 @@ pub struct Request {
     pub strict: bool,
     pub paranoid: bool,
     pub dry_run: bool,
+    /// Whether a running guest is protected from this backup.
+    pub governor: Governed,
+    /// How much the threads that work give way.
+    pub priority: Priority,
+}
+
+/// See [`Request::governor`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Governed {
+    Yes,
+    No,
 }
 
 impl Request {
@@ -84,19 +96,26 @@ impl<C: Capture> Backup<'_, C> {
             Ok(prepared) => prepared,
             Err(failure) => return Err(self.give_up(writer, failure).await),
         };
-        let (taken, disks) = match self.capture_and_read(&chosen, &tasks, writer.as_ref()).await {
+        let guest = self.capture.guest().filter(|_| self.request.governor == Governed::Yes);
+        let mut watch = Watch::new(guest, &self.pacing);
+        let read = self.capture_and_read(&chosen, &tasks, writer.as_ref(), &mut watch).await;
+        watch.end();
+        let (taken, disks) = match read {
             Ok(read) => read,
-            Err(failure) => return Err(self.give_up(writer, failure).await),
+            Err(failure) => return Err(self.give_up(writer, watch.explained(failure)).await),
         };
         let metas = disks.iter().zip(&tasks).map(|(disk, task)| disk.meta(task.bitmap.as_ref()));
         let meta = self.meta(created_at, &taken, metas.collect());
         let unprotected = self.unprotected(&chosen);
+        let governor = watch.report();
         let Some(writer) = writer else {
             self.capture.settle(Fate::NotCommitted).await?;
-            return Ok(report::dry(self.job, &meta, disks, unprotected, started.elapsed()));
+            let report = report::dry(self.job, &meta, disks, unprotected, started.elapsed());
+            return Ok(BackupReport { governor, ..report });
         };
         let point = self.commit(writer, meta).await?;
-        Ok(report::committed(self.job, &point, disks, unprotected, started.elapsed()))
+        let report = report::committed(self.job, &point, disks, unprotected, started.elapsed());
+        Ok(BackupReport { governor, ..report })
     }
 
     /// How each disk is read, and what that asks of the capture.
@@ -262,8 +281,11 @@ impl<C: Capture> Backup<'_, C> {
         chosen: &[Chosen],
         tasks: &[Task],
         writer: Option<&PointWriter>,
+        watch: &mut Watch,
     ) -> Outcome<(Taken, Vec<disk::DiskResult>)> {
+        watch.before_instant().await;
         let taken = self.capture.take(tasks).await?;
+        watch.begin();
         self.job.set_status(self.context, JobStatus::Captured)?;
         let mut results = Vec::with_capacity(chosen.len());
         for (at, disk) in chosen.iter().enumerate() {

@@ -30,6 +30,7 @@ pub fn committed(
         seconds: took.as_secs_f64(),
         unprotected,
         dry_run: false,
+        governor: None,
     }
 }
 
@@ -56,6 +57,7 @@ pub fn dry(
         seconds: took.as_secs_f64(),
         unprotected,
         dry_run: true,
+        governor: None,
     }
 }
 

@@ -22,6 +22,7 @@ use icecore_repository::{CapsulePart, Consistency, DiskId};
 use jiff::Timestamp;
 
 use crate::failure::Outcome;
+use crate::governor::Guest;
 use crate::nbd::Peer;
 use crate::report::Unprotected;
 use spool::Spool;
@@ -175,6 +176,12 @@ pub trait Capture {
         base: Option<&Base>,
         samples: &[Range<u64>],
     ) -> Outcome<Readable>;
+
+    /// The running guest that a backup must not slow down; none where nobody runs, or nobody can
+    /// be seen.
+    fn guest(&self) -> Option<Guest> {
+        None
+    }
 
     /// Why the instant was lost, where the capture knows better than whoever read from it.
     async fn lost(&self) -> Option<String>;

@@ -277,6 +277,13 @@ pub struct BackupArgs {
     /// Read no faster than this
     #[arg(long, value_name = "SIZE/s", value_parser = names::rate)]
     pub rate_limit: Option<u64>,
+    /// Read slower, and give up in the end (status 1), when the running guest's own requests take
+    /// more than 1.25 times as long as without the backup
+    #[arg(long, value_enum, default_value_t = SwitchArg::On)]
+    pub governor: SwitchArg,
+    /// CPU and IO priority of the threads that hash, compress and store
+    #[arg(long, value_enum, default_value_t = PriorityArg::Low)]
+    pub priority: PriorityArg,
     /// When a disk cannot be read incrementally
     #[arg(long, value_enum, default_value_t = FallbackArg::Run)]
     pub on_fallback: FallbackArg,
@@ -286,6 +293,20 @@ pub struct BackupArgs {
     /// Read and hash, store nothing
     #[arg(long)]
     pub dry_run: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SwitchArg {
+    On,
+    Off,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PriorityArg {
+    /// Guests go first
+    Low,
+    /// As any other program
+    Normal,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

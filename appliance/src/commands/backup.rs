@@ -1,18 +1,19 @@
 //! `icecore backup`.
 
+use icecore_io_engine::Priority;
 use icecore_qmp::bitmap::NamePart;
 use icecore_qmp::guardian::protocol::{Freeze, Then};
 use icecore_repository::{DiskId, Repository, VmName};
 
 use super::quota::of_backup;
-use crate::backup::{Backup, Request, granularity};
+use crate::backup::{Backup, Governed, Request, granularity};
 use crate::capture::Capture;
 use crate::capture::decide::Level;
 use crate::capture::image::{ImageCapture, Named};
 use crate::capture::libvirt::{self, LibvirtCapture};
 use crate::capture::qmp::{QmpCapture, Settings};
 use crate::cli::OK;
-use crate::cli::args::{BackupArgs, ConsistencyArg, FallbackArg, LevelArg};
+use crate::cli::args::{BackupArgs, ConsistencyArg, FallbackArg, LevelArg, PriorityArg, SwitchArg};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
 use crate::image::RunDir;
@@ -268,6 +269,14 @@ fn request(vm: &Vm, args: &BackupArgs, tried: &str) -> Outcome<Request> {
         strict: args.on_fallback == FallbackArg::Fail,
         paranoid: args.paranoid,
         dry_run: args.dry_run,
+        governor: match args.governor {
+            SwitchArg::On => Governed::Yes,
+            SwitchArg::Off => Governed::No,
+        },
+        priority: match args.priority {
+            PriorityArg::Low => Priority::Low,
+            PriorityArg::Normal => Priority::Normal,
+        },
     })
 }
 
@@ -306,6 +315,11 @@ fn print(context: &Context, report: &BackupReport) -> Outcome<()> {
     );
     if let Some(why) = &consistency.why {
         text += &format!("not frozen: {}\n", output::printable(why));
+    }
+    if let Some(governor) = report.governor.as_ref().filter(|done| done.slowed_seconds >= 0.1) {
+        text += &format!("slowed down for the guest for {:.1} s", governor.slowed_seconds);
+        let least = governor.least_rate_bytes.map(|rate| format!(", to {}/s", human_bytes(rate)));
+        text += &(least.unwrap_or_default() + "\n");
     }
     output::print(&text)?;
     let mut table =

@@ -1,12 +1,13 @@
 //! `icecore rollback`.
 
+use icecore_io_engine::Priority;
 use icecore_qmp::guardian::protocol::{Freeze, Then};
 use icecore_repository::{Point, Repository};
 use serde::Serialize;
 
 use super::backup::{absolute, repository_part};
 use super::point::find;
-use crate::backup::{Request as BackupRequest, granularity};
+use crate::backup::{Governed, Request as BackupRequest, granularity};
 use crate::capture::decide::Level;
 use crate::capture::qmp::Settings;
 use crate::cli::OK;
@@ -205,6 +206,9 @@ fn safety_request(vm: &Vm, point: &Point) -> BackupRequest {
         rate_limit: None,
         // What a rollback would destroy is kept whatever the quota.
         stored_limit: None,
+        // The guest stands still and waits for this point.
+        governor: Governed::No,
+        priority: Priority::Normal,
         strict: false,
         paranoid: false,
         dry_run: false,

@@ -168,7 +168,9 @@ impl Shared<'_> {
                     let Some(first) = entries.first() else { continue };
                     let span = self.disk.span(first.index.0, entries.len() as u64);
                     // Only the rate counts here: the memory bounds what is under way.
-                    drop(self.halt.control.pacing.enter(span.len, || self.halt.stopped()));
+                    let pacing = &self.halt.control.pacing;
+                    let ticket = pacing.enter(span.len, || self.halt.stopped());
+                    drop(ticket.ok_or(EngineError::Cancelled)?);
                     // At most one request, so within 32 bits.
                     let buf = self.pool.get(span.len as usize, || self.halt.stopped())?;
                     drop(tasks.send(Task { entries, span, buf }));

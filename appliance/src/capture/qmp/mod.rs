@@ -27,6 +27,7 @@ use super::scratch::{Owner as User, ScratchDir};
 use super::{Base, Capture, Data, DirtyMap, Fate, Readable, Recorder, SeenDisk, Taken, Task};
 use crate::data::Activity;
 use crate::failure::{Failure, Outcome, Status};
+use crate::governor::Guest;
 use crate::interrupt::Interrupt;
 use crate::nbd::Peer;
 use crate::report::Unprotected;
@@ -57,6 +58,7 @@ pub struct QmpCapture {
     inventory: Inventory,
     features: Features,
     was_running: bool,
+    guest: Guest,
     /// Who QEMU runs as, when that is known.
     user: Option<User>,
     disks: Vec<SeenDisk>,
@@ -77,6 +79,7 @@ impl QmpCapture {
         log: IntentLog,
     ) -> Outcome<Self> {
         let failed = |e| failure(&settings.tried, e);
+        let guest = Guest::meet(guardian.clone()).await;
         let mut inspection = guardian.inspect().await.map_err(failed)?;
         if !inspection.leftovers.is_empty() {
             take_out_leftovers(&guardian, &inspection.leftovers, &settings).await?;
@@ -93,6 +96,7 @@ impl QmpCapture {
             user: crate::target::qemu_user(inspection.peer),
             features: inspection.features,
             was_running: inspection.running,
+            guest,
             settings,
             tasks: Vec::new(),
             intents,
@@ -288,6 +292,11 @@ impl Capture for QmpCapture {
             }
         };
         Ok(Readable { data, dirty, size_bytes: disk.size_bytes })
+    }
+
+    fn guest(&self) -> Option<Guest> {
+        let runs_on = self.was_running && self.settings.then == Then::Continue;
+        runs_on.then(|| self.guest.clone())
     }
 
     async fn lost(&self) -> Option<String> {
