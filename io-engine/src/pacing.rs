@@ -4,6 +4,7 @@
 //! guest wait, a request that was not sent harms nobody. Both the operator's limit and a governor
 //! set it, at any time; the stricter one counts.
 
+use std::sync::atomic::{AtomicU32, Ordering::AcqRel, Ordering::Acquire};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -38,16 +39,21 @@ impl Pace {
 #[derive(Debug)]
 pub struct Pacing {
     state: Mutex<State>,
+    /// Beside the lock: whoever reads replies gives tickets back, and must not wait for a thread of
+    /// low priority that holds it.
+    in_flight: AtomicU32,
     /// Rung when a request may have become possible.
     room: Condvar,
 }
+
+/// Longest wait for the end of a request: its ring is not heard by those who do not wait yet.
+const ROOM_WAIT: Duration = Duration::from_millis(5);
 
 #[derive(Debug)]
 struct State {
     limit: Pace,
     governed: Pace,
     meter: Meter,
-    in_flight: u32,
     asked: u64,
     closed: bool,
 }
@@ -56,8 +62,8 @@ impl Pacing {
     /// Keeps to the operator's `limit`, and to what [`govern`](Self::govern) asks for later.
     pub fn new(limit: Pace) -> Arc<Self> {
         let (governed, meter) = (Pace::FREE, Meter::default());
-        let state = State { limit, governed, meter, in_flight: 0, asked: 0, closed: false };
-        Arc::new(Self { state: Mutex::new(state), room: Condvar::new() })
+        let state = Mutex::new(State { limit, governed, meter, asked: 0, closed: false });
+        Arc::new(Self { state, in_flight: AtomicU32::new(0), room: Condvar::new() })
     }
 
     /// Sets what a governor allows from now on. What is under way goes on.
@@ -88,10 +94,10 @@ impl Pacing {
         let mut state = self.locked();
         while !state.closed && !stopped() {
             let now = Instant::now();
-            let wait = state.wait(now);
+            let wait = state.wait(now, self.in_flight.load(Acquire));
             if wait.is_zero() {
                 state.meter.take(bytes);
-                state.in_flight += 1;
+                self.in_flight.fetch_add(1, AcqRel);
                 state.asked += bytes;
                 return Some(Ticket(Arc::clone(self)));
             }
@@ -108,10 +114,14 @@ impl Pacing {
 
 impl State {
     /// How long to wait at `now` at least before something may be asked for.
-    fn wait(&mut self, now: Instant) -> Duration {
+    fn wait(&mut self, now: Instant, in_flight: u32) -> Duration {
         let pace = self.limit.and(self.governed);
         let due = self.meter.wait(now, pace.bytes_per_second);
-        if self.in_flight < pace.in_flight { due } else { due.max(WAKE) }
+        match pace.in_flight {
+            0 => WAKE,
+            most if in_flight < most => due,
+            _ => due.max(ROOM_WAIT),
+        }
     }
 }
 
@@ -121,7 +131,7 @@ pub(crate) struct Ticket(Arc<Pacing>);
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        self.0.locked().in_flight -= 1;
+        self.0.in_flight.fetch_sub(1, AcqRel);
         self.0.room.notify_one();
     }
 }
@@ -166,7 +176,7 @@ impl Meter {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+    use std::sync::atomic::Ordering::SeqCst;
 
     use super::*;
 

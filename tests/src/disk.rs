@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::failure::Result;
-use crate::image::{create_overlay, create_qcow2, create_raw};
+use crate::image::{copy_image, create_overlay, create_qcow2, create_raw};
 
 /// The bus, and with it the device model, that the guest sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +71,10 @@ pub struct Disk {
     pub(crate) attach: Attach,
     pub(crate) fs: Fs,
     pub(crate) iothread: bool,
+    /// What its storage moves in a second, in bytes.
+    bandwidth: Option<u64>,
+    /// What it is made a copy of.
+    content: Option<PathBuf>,
     /// Where the top image is now, when it is no longer where it was made.
     pub(crate) moved_to: Option<PathBuf>,
 }
@@ -86,6 +90,8 @@ impl Disk {
             attach: Attach::Blockdev,
             fs: Fs::Raw,
             iothread: false,
+            bandwidth: None,
+            content: None,
             moved_to: None,
         }
     }
@@ -93,6 +99,18 @@ impl Disk {
     /// On another bus.
     pub fn bus(mut self, bus: Bus) -> Self {
         self.bus = bus;
+        self
+    }
+
+    /// On storage that moves so many bytes in a second, whoever asks (by `-blockdev` only).
+    pub fn bandwidth(mut self, bytes_per_second: u64) -> Self {
+        self.bandwidth = Some(bytes_per_second);
+        self
+    }
+
+    /// A copy of this image, which has the disk's format and size, instead of a blank one.
+    pub fn content_of(mut self, image: &Path) -> Self {
+        self.content = Some(image.to_owned());
         self
     }
 
@@ -138,6 +156,9 @@ impl Disk {
 
     pub(crate) fn create(&self, dir: &Path) -> Result<()> {
         let file = self.file(dir);
+        if let Some(image) = &self.content {
+            return copy_image(image, &file);
+        }
         match self.layout {
             Layout::Raw => create_raw(&file, self.bytes),
             Layout::Qcow2 => create_qcow2(&file, self.bytes),
@@ -172,17 +193,35 @@ impl Disk {
                 "-drive".to_owned(),
                 format!("if=none,id={node},file={file},format={format},discard=unmap"),
             ],
-            Attach::Blockdev => vec![
-                "-blockdev".to_owned(),
-                format!(
-                    r#"{{"driver":"file","node-name":"{node}-file","filename":"{file}","discard":"unmap"}}"#
-                ),
+            Attach::Blockdev => {
+                let (bottom, mut arguments) = match self.bandwidth {
+                    None => (format!("{node}-file"), Vec::new()),
+                    Some(bytes) => (format!("{node}-storage"), self.throttle_arguments(bytes)),
+                };
+                let file = format!(
+                    r#"{{"driver":"file","node-name":"{bottom}","filename":"{file}","discard":"unmap"}}"#
+                );
+                let mut all = vec!["-blockdev".to_owned(), file];
+                all.append(&mut arguments);
+                all.extend([
                 "-blockdev".to_owned(),
                 format!(
                     r#"{{"driver":"{format}","node-name":"{node}","file":"{node}-file","discard":"unmap"}}"#
                 ),
-            ],
+                ]);
+                all
+            }
         }
+    }
+
+    /// A slow storage between the file and the format.
+    fn throttle_arguments(&self, bytes: u64) -> Vec<String> {
+        let node = self.drive();
+        let filter = format!(
+            r#"{{"driver":"throttle","node-name":"{node}-file","throttle-group":"{node}-limit","file":"{node}-storage"}}"#
+        );
+        let group = format!("throttle-group,id={node}-limit,x-bps-total={bytes}");
+        vec!["-object".to_owned(), group, "-blockdev".to_owned(), filter]
     }
 
     fn device(&self, index: usize) -> String {

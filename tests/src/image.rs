@@ -24,6 +24,11 @@ pub fn create_raw(path: &Path, bytes: u64) -> Result<()> {
     File::create(path).and_then(|file| file.set_len(bytes)).during(path.display())
 }
 
+/// A copy, holes included.
+pub(crate) fn copy_image(from: &Path, to: &Path) -> Result<()> {
+    run(Command::new("cp").arg("--sparse=always").arg(from).arg(to)).map(drop)
+}
+
 /// A qcow2 image over a qcow2 backing file.
 pub fn create_overlay(path: &Path, backing: &Path) -> Result<()> {
     let mut command = Command::new("qemu-img");

@@ -1,5 +1,6 @@
 //! What the figures are meant to reach: ratios of rows of one run, and what came of them.
 
+use super::guest;
 use super::incremental::name;
 use super::measure::Sample;
 use super::table::{Table, YARDSTICK};
@@ -15,8 +16,8 @@ struct Goal {
 }
 
 /// The list, with what this run has found. `size` and `data` are the image's, in bytes.
-pub fn verdicts(table: &Table, size: u64, data: u64) -> Vec<String> {
-    let goals = full(table, data).into_iter().chain(later(table, size));
+pub fn verdicts(table: &Table, guests: &guest::Table, size: u64, data: u64) -> Vec<String> {
+    let goals = full(table, data).into_iter().chain(later(table, size)).chain(of_guest(guests));
     goals.map(|goal| goal.verdict()).collect()
 }
 
@@ -72,6 +73,14 @@ fn later(table: &Table, size: u64) -> Vec<Goal> {
         goal("rollback of 1 % / whole restore", wall(ROLLBACK, RESTORE), 0.05, 0.03),
         goal("map of a million extents / libnbd", wall(MAP, MAP_LIBNBD), 2.0, 1.0),
         goal("a million extents: peak memory, MiB", million, 96.0, 32.0),
+    ]
+}
+
+fn of_guest(table: &guest::Table) -> Vec<Goal> {
+    let (lost, p99) = table.governed();
+    vec![
+        goal("guest: share of its writes/s lost, governor on", lost, 0.20, 0.10),
+        goal("guest: p99 / p99 without a backup, governor on", p99, 2.0, 2.0),
     ]
 }
 

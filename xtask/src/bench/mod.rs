@@ -9,6 +9,7 @@ mod durability;
 mod files;
 mod full;
 mod goals;
+mod guest;
 mod image;
 mod incremental;
 mod lab;
@@ -111,6 +112,7 @@ impl MapClient {
 struct Bench {
     lab: Lab,
     table: Table,
+    guest: guest::Table,
     only: Option<String>,
 }
 
@@ -125,19 +127,27 @@ impl Options {
             timed("build", || shown(&mut build))?;
         }
         let lab = Lab::new(self.size, self.data)?;
-        let mut bench = Bench { lab, table: Table::default(), only: self.only.clone() };
+        let mut bench = Bench {
+            lab,
+            table: Table::default(),
+            guest: guest::Table::default(),
+            only: self.only.clone(),
+        };
         let load = std::fs::read_to_string("/proc/loadavg")?;
         let durable = durability::prove(&bench.lab);
         bench.measure(self.rounds)?;
-        let goals = goals::verdicts(&bench.table, self.size, self.data);
+        let goals = goals::verdicts(&bench.table, &bench.guest, self.size, self.data);
         let durable = durable.unwrap_or_else(|error| format!("DURABILITY NOT PROVEN: {error}"));
         println!("{durable}\n\n{}", bench.table);
+        if !bench.guest.is_empty() {
+            println!("{}", bench.guest.text());
+        }
         println!("| goal | must | aim | found | |\n|---|---|---|---|---|\n{}", goals.join("\n"));
         if let Some(path) = &self.json {
             let document = json!({
                 "size": self.size, "data": self.data, "rounds": self.rounds,
                 "machine": machine(), "load_before": load.trim(), "durability": durable,
-                "table": bench.table.json(), "goals": goals,
+                "table": bench.table.json(), "guest": bench.guest.json(), "goals": goals,
             });
             std::fs::write(path, format!("{document:#}\n"))?;
         }
@@ -164,6 +174,9 @@ impl Bench {
             for _ in 0..rounds {
                 disks.round(self)?;
             }
+        }
+        if self.wants(guest::ROWS) {
+            guest::rounds(self, rounds);
         }
         if self.wants(map::ROWS)
             && let Some(mut wide) = map::Wide::new(self)
