@@ -194,34 +194,24 @@ impl Disk {
                 format!("if=none,id={node},file={file},format={format},discard=unmap"),
             ],
             Attach::Blockdev => {
-                let (bottom, mut arguments) = match self.bandwidth {
-                    None => (format!("{node}-file"), Vec::new()),
-                    Some(bytes) => (format!("{node}-storage"), self.throttle_arguments(bytes)),
-                };
-                let file = format!(
-                    r#"{{"driver":"file","node-name":"{bottom}","filename":"{file}","discard":"unmap"}}"#
-                );
-                let mut all = vec!["-blockdev".to_owned(), file];
-                all.append(&mut arguments);
-                all.extend([
-                "-blockdev".to_owned(),
-                format!(
-                    r#"{{"driver":"{format}","node-name":"{node}","file":"{node}-file","discard":"unmap"}}"#
-                ),
+                let limited = self.bandwidth.is_some();
+                let storage = if limited { "storage" } else { "file" };
+                let mut arguments = vec![
+                    "-blockdev".to_owned(),
+                    format!(
+                        r#"{{"driver":"file","node-name":"{node}-{storage}","filename":"{file}","discard":"unmap"}}"#
+                    ),
+                ];
+                arguments.extend(self.bandwidth.into_iter().flat_map(|bytes| limit(&node, bytes)));
+                arguments.extend([
+                    "-blockdev".to_owned(),
+                    format!(
+                        r#"{{"driver":"{format}","node-name":"{node}","file":"{node}-file","discard":"unmap"}}"#
+                    ),
                 ]);
-                all
+                arguments
             }
         }
-    }
-
-    /// A slow storage between the file and the format.
-    fn throttle_arguments(&self, bytes: u64) -> Vec<String> {
-        let node = self.drive();
-        let filter = format!(
-            r#"{{"driver":"throttle","node-name":"{node}-file","throttle-group":"{node}-limit","file":"{node}-storage"}}"#
-        );
-        let group = format!("throttle-group,id={node}-limit,x-bps-total={bytes}");
-        vec!["-object".to_owned(), group, "-blockdev".to_owned(), filter]
     }
 
     fn device(&self, index: usize) -> String {
@@ -243,4 +233,13 @@ impl Disk {
     pub(crate) fn scsi_controller(&self) -> &'static str {
         if self.iothread { "lab-scsi-iot" } else { "lab-scsi" }
     }
+}
+
+/// A slow storage between file and format.
+fn limit(node: &str, bytes_per_second: u64) -> [String; 4] {
+    let group = format!("throttle-group,id={node}-limit,x-bps-total={bytes_per_second}");
+    let filter = format!(
+        r#"{{"driver":"throttle","node-name":"{node}-file","throttle-group":"{node}-limit","file":"{node}-storage"}}"#
+    );
+    ["-object".to_owned(), group, "-blockdev".to_owned(), filter]
 }
