@@ -131,6 +131,33 @@ fn a_wrong_configuration_is_named_with_file_and_line() -> Result<()> {
 }
 
 #[test]
+fn what_is_due_is_run_once_and_pruned() -> Result<()> {
+    let schedule = "[schedule.s]\ncalendar = '*:*:0/1'\nvms = ['vm*']\nrepository = 'main'\n\
+                    retention = { last = 1 }";
+    let operator = Operator::new(schedule)?;
+    let due = || operator.command("schedule").arg("run").json();
+    // A VM that is seen for the first time waits for its next moment, which comes each second.
+    assert_eq!(due()?["runs"], Value::Array(Vec::new()));
+    for seed in 1..3 {
+        operator.fill(seed)?;
+        std::thread::sleep(std::time::Duration::from_millis(1100));
+        let ran = due()?;
+        assert_eq!((&ran["runs"][0]["backup"], &ran["runs"][0]["prune"]), (&0.into(), &0.into()));
+        assert_eq!(ran["runs"].as_array().map(Vec::len), Some(1), "{ran}");
+        assert_eq!(operator.points()?.len(), 1);
+    }
+    // Days without a look are made up for once.
+    let marks = operator.icecore.path("state/schedule/marks.json");
+    std::fs::write(&marks, r#"{"s":{"vm1":"2020-01-01T00:00:00Z"}}"#)?;
+    operator.configure("", &schedule.replace("*:*:0/1", "2020-01-02"))?;
+    let ran = due()?;
+    assert_eq!(ran["missed"][0]["made_up"], true, "{ran}");
+    assert_eq!(ran["runs"].as_array().map(Vec::len), Some(1), "{ran}");
+    assert_eq!(due()?["runs"], Value::Array(Vec::new()));
+    Ok(())
+}
+
+#[test]
 fn a_prune_does_what_its_dry_run_says_and_the_rest_stays_restorable() -> Result<()> {
     let operator = Operator::new("")?;
     let points: Vec<String> = (1..=5).map(|seed| operator.point(seed)).collect::<Result<_>>()?;

@@ -625,6 +625,13 @@ pub enum ScheduleCommand {
     /// The schedules of the configuration and when each runs next
     #[command(after_help = "Example:\n  icecore schedule list")]
     List,
+    /// Begin what is due and wait for it, one after the other: for a timer where no daemon runs
+    #[command(after_help = "Example:\n  icecore schedule run    # each minute, from a timer")]
+    Run {
+        /// Say what is due, begin nothing
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// The next runs in the order of time
     #[command(after_help = "Example:\n  icecore schedule next nightly --count 5")]
     Next {

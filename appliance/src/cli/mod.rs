@@ -107,7 +107,7 @@ async fn dispatch(context: &Context, command: Command) -> Outcome<u8> {
         Command::Man(args) => commands::generate::man(&args.dir),
         Command::Prune(args) => commands::prune::run(context, args),
         Command::Record(command) => commands::record::run(context, command),
-        Command::Schedule(command) => commands::schedule::run(context, command),
+        Command::Schedule(command) => commands::schedule::run(context, command).await,
         Command::Quota(command) => commands::quota::run(context, command),
         Command::Status { repo } => commands::status::run(context, repo.repo.as_deref()),
         // They were dealt with before there was a context.

@@ -19,6 +19,7 @@ pub mod repo;
 pub mod restore;
 pub mod rollback;
 pub mod schedule;
+pub mod schedule_run;
 pub mod status;
 pub mod vm;
 pub mod vm_create;

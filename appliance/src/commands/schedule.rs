@@ -5,9 +5,10 @@ use serde::Serialize;
 
 use crate::cli::OK;
 use crate::cli::args::ScheduleCommand;
-use crate::config::{Config, Pattern, ScheduleConfig};
+use crate::config::{Config, LibvirtConfig, Pattern, ScheduleConfig};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
+use crate::libvirt::{Domain, Virsh};
 use crate::output::{self, Rows, when};
 use crate::policy::schedule::{Plan, offset};
 
@@ -33,21 +34,35 @@ struct Turn {
 }
 
 /// Runs `icecore schedule …`.
-pub fn run(context: &Context, command: ScheduleCommand) -> Outcome<u8> {
+pub async fn run(context: &Context, command: ScheduleCommand) -> Outcome<u8> {
     match command {
         ScheduleCommand::List => list(context),
         ScheduleCommand::Next { schedule, count } => next(context, schedule.as_deref(), count),
+        ScheduleCommand::Run { dry_run } => super::schedule_run::run(context, dry_run).await,
     }
 }
 
-/// The VMs that are known by name: those of the configuration, and domains that a schedule names.
-fn known_vms(config: &Config) -> Vec<String> {
+/// The VMs that are known by name: those of the configuration, and libvirt's where it answers.
+pub fn known_vms(config: &Config) -> Vec<String> {
+    let domains = config.libvirt.as_ref().map(domains).unwrap_or_default();
     let named = config.schedule.values().flat_map(|schedule| &schedule.vms);
     let plain = named.filter(|name| Pattern::of(name).is_plain()).map(|name| name.to_string());
-    let mut all: Vec<String> = config.vm.keys().cloned().chain(plain).collect();
+    let mut all: Vec<String> = config.vm.keys().cloned().chain(plain).chain(domains).collect();
     all.sort();
     all.dedup();
     all
+}
+
+fn domains(libvirt: &LibvirtConfig) -> Vec<String> {
+    let names = Virsh::new(&libvirt.uri).map_err(|failure| failure.to_string());
+    let names = names.and_then(|virsh| Domain::names(&virsh).map_err(|e| e.to_string()));
+    match names {
+        Ok(names) => names.into_iter().filter(|name| libvirt.has(name)).collect(),
+        Err(why) => {
+            tracing::warn!("the domains of {} are not known now: {why}", libvirt.uri);
+            Vec::new()
+        }
+    }
 }
 
 fn list(context: &Context) -> Outcome<u8> {

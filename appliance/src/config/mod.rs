@@ -145,6 +145,17 @@ pub enum ScheduledLevel {
     Incremental,
 }
 
+impl ScheduledLevel {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Full => "full",
+            Self::Incremental => "incremental",
+        }
+    }
+}
+
 /// What becomes of a run whose time passed while nobody could start it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -289,6 +300,7 @@ fn default_sendmail() -> Vec<String> {
 /// Where the daemon listens.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[allow(dead_code)] // Checked here, used by the daemon.
 pub struct ApiConfig {
     /// The unix socket.
     #[serde(default = "default_socket")]
@@ -323,6 +335,7 @@ fn default_socket() -> PathBuf {
 /// Files for TLS.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[allow(dead_code)] // Checked here, used by the daemon.
 pub struct TlsConfig {
     /// The certificate chain, PEM.
     pub certificate: PathBuf,
@@ -345,6 +358,7 @@ pub enum Role {
 /// A token.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[allow(dead_code)] // Checked here, used by the daemon.
 pub struct TokenConfig {
     /// What it allows.
     pub role: Role,

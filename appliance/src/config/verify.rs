@@ -67,7 +67,7 @@ impl Findings<'_> {
         if let Err(error) = VmName::new(name) {
             self.require(false, &table, || error.to_string());
         }
-        let reached = vm.qmp.is_some() != !vm.image.is_empty();
+        let reached = vm.qmp.is_some() == vm.image.is_empty();
         self.require(reached, &table, || "it needs either qmp or image".into());
         let agent_reached = vm.qga.is_none() || vm.qmp.is_some();
         self.require(agent_reached, &table, || "qga without qmp is of no use".into());

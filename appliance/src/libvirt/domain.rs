@@ -82,6 +82,16 @@ impl Domain {
         self.virsh.run(&arguments, deadline)
     }
 
+    /// The names of all domains, running or not.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub fn names(virsh: &Virsh) -> Result<Vec<String>, VirshError> {
+        let list = virsh.run(&["list", "--all", "--name"], QUICK)?;
+        let names = list.lines().map(str::trim).filter(|name| !name.is_empty());
+        Ok(names.map(ToOwned::to_owned).collect())
+    }
+
     /// Whether it runs.
     pub fn state(&self) -> Result<State, VirshError> {
         self.call("domstate", &["--reason"], QUICK).map(|answer| State::of(&answer))

@@ -232,7 +232,7 @@ impl Calendar {
             let moment = zone.to_ambiguous_timestamp(time);
             let fold = matches!(moment.offset(), AmbiguousOffset::Fold { .. });
             let again = fold && self.hours == ALL_HOURS;
-            let second = if again { moment.clone().later().ok() } else { None };
+            let second = if again { moment.later().ok() } else { None };
             moment.compatible().ok().into_iter().chain(second)
         })
     }

@@ -150,7 +150,7 @@ fn zones() -> impl Strategy<Value = TimeZone> {
         "Asia/Kathmandu",
         "Pacific/Apia",
     ];
-    prop::sample::select(names.to_vec()).prop_map(|name| zone(name))
+    prop::sample::select(names.to_vec()).prop_map(zone)
 }
 
 proptest! {

@@ -27,6 +27,11 @@ impl LockKey {
         Self(format!("vm-{}", hashed(name.as_bytes())))
     }
 
+    /// The look at the schedules: two would begin the same runs.
+    pub fn schedules() -> Self {
+        Self("schedules".into())
+    }
+
     /// A run itself: free when its process is gone.
     pub fn job(job: &JobId) -> Self {
         Self(format!("job-{job}"))
