@@ -47,24 +47,23 @@ impl Vm {
 
     fn configured(context: &Context, name: &str, tried: &str) -> Outcome<Self> {
         let libvirt = context.config.libvirt.as_ref().filter(|libvirt| libvirt.has(name));
-        let Some(config) = context.config.vm.get(name) else {
-            if let Some(libvirt) = libvirt {
-                let domain = Domain::find(Virsh::new(&libvirt.uri)?, name, tried)?;
-                let name = vm_name(name, tried)?;
-                return Ok(Self { name, reach: Reach::Libvirt(domain), disks: Vec::new() });
+        let table = context.config.vm.get(name);
+        let qmp = table.and_then(|vm| Some((vm.qmp.clone()?, vm.qga.clone())));
+        let named = table.map(|vm| &vm.image[..]).unwrap_or_default();
+        let reach = match (qmp, libvirt) {
+            (Some((qmp, qga)), _) => Reach::Qmp { qmp, qga },
+            (None, _) if !named.is_empty() => Reach::Images(images(named)?),
+            (None, Some(libvirt)) => {
+                Reach::Libvirt(Domain::find(Virsh::new(&libvirt.uri)?, name, tried)?)
             }
-            return Err(Failure::usage(tried, format!("the configuration has no VM {name}"))
-                .next(format!("add [vm.{name}], or name its socket with --qmp and --name")));
-        };
-        let reach = match (&config.qmp, config.image.is_empty()) {
-            (Some(qmp), true) => Reach::Qmp { qmp: qmp.clone(), qga: config.qga.clone() },
-            (None, false) => Reach::Images(images(&config.image)?),
-            _ => {
-                let why = format!("[vm.{name}] must have either qmp or image");
-                return Err(Failure::usage(tried, why));
+            (None, None) => {
+                let why = format!("the configuration has no VM {name}");
+                return Err(Failure::usage(tried, why)
+                    .next(format!("add [vm.{name}], or name its socket with --qmp and --name")));
             }
         };
-        let (disks, restart) = (config.disks.clone(), config.restart.clone());
+        let disks = table.map(|vm| vm.disks.clone()).unwrap_or_default();
+        let restart = table.map(|vm| vm.restart.clone()).unwrap_or_default();
         Ok(Self { name: vm_name(name, tried)?, reach, disks, restart })
     }
 

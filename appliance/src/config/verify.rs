@@ -67,7 +67,11 @@ impl Findings<'_> {
         if let Err(error) = VmName::new(name) {
             self.require(false, &table, || error.to_string());
         }
-        let reached = vm.qmp.is_some() == vm.image.is_empty();
+        let both = vm.qmp.is_some() && !vm.image.is_empty();
+        self.require(!both, &table, || "it has qmp and image, and can have one of them".into());
+        // A domain of the libvirt may have a table, too: for its project, disks, restart command.
+        let domain = self.config.libvirt.as_ref().is_some_and(|libvirt| libvirt.has(name));
+        let reached = vm.qmp.is_some() || !vm.image.is_empty() || domain;
         self.require(reached, &table, || "it needs either qmp or image".into());
         let agent_reached = vm.qga.is_none() || vm.qmp.is_some();
         self.require(agent_reached, &table, || "qga without qmp is of no use".into());
