@@ -151,3 +151,32 @@ fn a_qcow2_target_that_exists_with_a_backing_file_is_not_written_through() -> Re
     image_to_raw(&target, "qcow2", &back)?;
     taken.reference.compare("d0", &back)
 }
+
+#[test]
+fn a_target_that_fills_up_or_fails_ends_the_restore_and_looks_unfinished() -> Result<()> {
+    let taken = taken()?;
+    let small = taken.icecore.path("small");
+    std::fs::create_dir_all(&small)?;
+    run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(&small))?;
+    let raw = taken.restore(small.join("d0.raw"), &[]);
+    let qcow2 = taken.restore(small.join("d0.qcow2"), &[]);
+    let left = std::fs::read_dir(&small)?.count();
+    run(Command::new("umount").arg(&small))?;
+    for outcome in [raw?, qcow2?] {
+        assert_eq!(outcome.status, Some(1), "{outcome:?}");
+        assert!(outcome.stderr.to_lowercase().contains("space"), "{}", outcome.stderr);
+    }
+    assert_eq!(left, 0, "nothing is left behind");
+
+    let socket = taken.icecore.path("failing.sock");
+    let mut serve = Command::new("nbdkit");
+    serve.args(["--foreground", "--filter=error", "--unix"]).arg(&socket);
+    serve.args(["memory", "25M", "error-pwrite=EIO", "error-pwrite-rate=100%"]);
+    let _server = Background::spawn(&mut serve)?;
+    wait_until("nbdkit", std::time::Duration::from_secs(5), || Ok(socket.exists()))?;
+    let outcome = taken.restore(format!("nbd+unix:///?socket={}", socket.display()), &[])?;
+    assert_eq!(outcome.status, Some(1), "{outcome:?}");
+    let said = outcome.stderr.contains("wiped");
+    assert!(said, "it says what became of the target: {}", outcome.stderr);
+    Ok(())
+}

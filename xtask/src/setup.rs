@@ -5,13 +5,14 @@ use crate::qemus;
 use crate::step::{Result, captured, program, target, timed};
 
 /// For the guest, the judges of restored disks, and independent peers on the wire.
-const TOOLS: [&str; 12] = [
+const TOOLS: [&str; 13] = [
     "busybox-static",
     "cpio",
     "kmod",
     "xz-utils",
     "e2fsprogs",
     "xfsprogs",
+    "faketime",
     "nbdkit",
     "libnbd-bin",
     "fio",

@@ -13,7 +13,9 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use icecore_io_engine::{DataMap, EngineError, Lane, LaneSet, RestoreStats, TargetState, Verify};
+use icecore_io_engine::{
+    Cause, DataMap, EngineError, Lane, LaneSet, RestoreStats, TargetState, Verify,
+};
 use icecore_nbd_client::ExportInfo;
 use icecore_repository::{DiskReader, Point, PointDisk, Repository};
 use serde::Serialize;
@@ -185,7 +187,18 @@ pub fn failure(tried: &str, error: EngineError) -> Failure {
         EngineError::RootDiffers { .. } | EngineError::BlocksDiffer { .. } => {
             Failure::damaged(tried, error)
         }
+        EngineError::Io { ref cause, .. } if is_full(cause) => Failure::failed(tried, error)
+            .next("there is no space left at the target: make some, or choose another"),
         _ => Failure::failed(tried, error),
+    }
+}
+
+fn is_full(cause: &Cause) -> bool {
+    let full = rustix::io::Errno::NOSPC.raw_os_error();
+    match cause {
+        Cause::Os(error) => error.raw_os_error() == Some(full),
+        Cause::Wire(error) => error.errno == Some(full),
+        Cause::EndOfFile => false,
     }
 }
 
