@@ -19,6 +19,8 @@ const PIPELINE_BYTES_MAX: u64 = 32 << 20;
 pub struct Activity {
     /// Raised by each data thread whenever it wakes.
     pub pulse: Arc<AtomicU64>,
+    /// Set to end all data threads of the run.
+    pub stop: Arc<AtomicBool>,
     running: Arc<AtomicUsize>,
 }
 
@@ -40,10 +42,42 @@ impl Drop for Running {
 
 /// Options of one run of the data plane within the process's memory, ended by `cancel`.
 pub fn options(context: &Context, cancel: &Arc<AtomicBool>) -> Options {
-    let memory = context.memory.saturating_sub(OVERHEAD_BYTES).min(PIPELINE_BYTES_MAX);
-    let mut options = Options::new(Budget::new(memory), memory);
-    options.control.cancel = Arc::clone(cancel);
-    options
+    SharedMemory::for_pipelines(context, 1).options(cancel)
+}
+
+/// The least that a pipeline gets: a few requests under way, a few being compressed.
+const PIPELINE_BYTES_MIN: u64 = 8 << 20;
+/// All pipelines of a run together: beyond two that have all they can use, memory only lies there.
+const PIPELINES_BYTES_MAX: u64 = 2 * PIPELINE_BYTES_MAX;
+
+/// The process's memory for data, shared by pipelines that run side by side.
+#[derive(Debug)]
+pub struct SharedMemory {
+    budget: Arc<Budget>,
+    pipelines: usize,
+}
+
+impl SharedMemory {
+    /// For so many pipelines, or as many of them as `--memory` carries; at least one.
+    pub fn for_pipelines(context: &Context, wanted: usize) -> Self {
+        let all = context.memory.saturating_sub(OVERHEAD_BYTES).min(PIPELINES_BYTES_MAX);
+        let carried = usize::try_from(all / PIPELINE_BYTES_MIN).unwrap_or(usize::MAX);
+        let pipelines = wanted.min(carried).max(1);
+        Self { budget: Budget::new(all.min(PIPELINE_BYTES_MAX * pipelines as u64)), pipelines }
+    }
+
+    /// How many pipelines may run at one time.
+    pub fn pipelines(&self) -> usize {
+        self.pipelines
+    }
+
+    /// Options of one of the pipelines, ended by `cancel`.
+    pub fn options(&self, cancel: &Arc<AtomicBool>) -> Options {
+        let share = self.budget.total() / self.pipelines as u64;
+        let mut options = Options::new(Arc::clone(&self.budget), share);
+        options.control.cancel = Arc::clone(cancel);
+        options
+    }
 }
 
 /// As [`blocking`], on connections whose guardian watches the pulse of the data threads.

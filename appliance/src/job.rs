@@ -47,15 +47,25 @@ impl Job {
         self.activity.clone()
     }
 
-    /// Writes the record.
+    /// Lets others see the record. Nothing was done yet that a power cut would leave behind.
+    pub fn note(&self, context: &Context) -> Outcome<()> {
+        self.record.note(&context.state)
+    }
+
+    /// Writes the record durably.
     pub fn save(&self, context: &Context) -> Outcome<()> {
         self.record.save(&context.state)
     }
 
-    /// Changes the status and writes the record.
-    pub fn set_status(&mut self, context: &Context, status: JobStatus) -> Outcome<()> {
+    /// Changes the status and writes the record beside; to be waited for before it is written again.
+    pub fn note_status(
+        &mut self,
+        context: &Context,
+        status: JobStatus,
+    ) -> tokio::task::JoinHandle<Outcome<()>> {
         self.record.status = status;
-        self.save(context)
+        let (record, state) = (self.record.clone(), context.state.clone());
+        tokio::task::spawn_blocking(move || record.save(&state))
     }
 
     /// Ends the run with its outcome. A record that cannot be written any more does not hide it.

@@ -21,7 +21,7 @@ const LINE_INTERVAL: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Meter {
     total: u64,
-    counted: Arc<icecore_io_engine::Progress>,
+    counted: Vec<Arc<icecore_io_engine::Progress>>,
     /// What is written is read back afterwards: both count.
     read_back: bool,
 }
@@ -29,6 +29,11 @@ pub struct Meter {
 impl Meter {
     /// Follows the data plane's counters up to `total`.
     pub fn new(total: u64, counted: Arc<icecore_io_engine::Progress>) -> Self {
+        Self::of_all(total, vec![counted])
+    }
+
+    /// Follows several pieces of work, `total` bytes together.
+    pub fn of_all(total: u64, counted: Vec<Arc<icecore_io_engine::Progress>>) -> Self {
         Self { total, counted, read_back: false }
     }
 
@@ -40,10 +45,13 @@ impl Meter {
     /// What is not read because it need not be is not counted as done in a backup, so the time left
     /// is an upper bound there.
     fn done(&self) -> u64 {
-        let [read, written, skipped] =
-            [&self.counted.read_bytes, &self.counted.done_bytes, &self.counted.skipped_bytes]
-                .map(|counter| counter.load(Ordering::Relaxed));
-        skipped + if self.read_back { read + written } else { read.max(written) }
+        let of_one = |counted: &Arc<icecore_io_engine::Progress>| {
+            let [read, written, skipped] =
+                [&counted.read_bytes, &counted.done_bytes, &counted.skipped_bytes]
+                    .map(|counter| counter.load(Ordering::Relaxed));
+            skipped + if self.read_back { read + written } else { read.max(written) }
+        };
+        self.counted.iter().map(of_one).sum()
     }
 }
 

@@ -151,7 +151,7 @@ async fn recover_qemu(
     let guardian = guardian_process::start(vec![lock], tried)?;
     match guardian.connect(qmp.to_owned(), record.qga.clone()).await {
         Err(error) if error.kind == ErrorKind::Unreachable => return Ok(Vec::new()),
-        other => other.map_err(|e| failure(tried, e))?,
+        other => drop(other.map_err(|e| failure(tried, e))?),
     }
     let socket = record.scratch.as_ref().map(|dir| dir.join("nbd.sock"));
     let first = Intents { commit: CommitState::Unknown, ..last.clone() };

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use icecore_repository::VmName;
 
 use crate::capture::image::{Named, parse_named};
+use crate::capture::qmp::known;
 use crate::capture::scratch::Owner;
 use crate::cli::VmArgs;
 use crate::context::Context;
@@ -119,8 +120,9 @@ pub async fn guard(
 ) -> Outcome<icecore_qmp::guardian::GuardianClient> {
     let lock = Lock::wait_for_guardian(&context.state, &LockKey::guardian(qmp), tried).await?;
     let guardian = guardian_process::start(vec![lock], tried)?;
-    let connected = guardian.connect(qmp.to_owned(), qga).await;
-    connected.map_err(|e| crate::capture::qmp::failure(tried, e))?;
+    let failed = |e| crate::capture::qmp::failure(tried, e);
+    let greeted = guardian.connect(qmp.to_owned(), qga).await.map_err(failed)?;
+    known::learn(&guardian, &context.state, qmp, greeted).await.map_err(failed)?;
     Ok(guardian)
 }
 

@@ -25,6 +25,10 @@ const EVENTS_KEPT: usize = 256;
 /// Pause before a full backlog is tried again: a connect to a unix socket does not wait for it.
 const BACKLOG_RETRY: Duration = Duration::from_millis(20);
 
+/// Commands that are sent without waiting in between: half of what a session lets wait, so that
+/// somebody else's command always finds room.
+const COMMANDS_AT_ONCE: usize = crate::session::MAX_PENDING / 2;
+
 /// A connected QMP monitor. Clones share the connection; it closes with the last of them.
 #[derive(Debug, Clone)]
 pub struct Monitor {
@@ -151,22 +155,61 @@ impl Monitor {
         arguments: Value,
         deadline: Duration,
     ) -> Result<Value, QmpError> {
+        self.begin(name, arguments)?.answer(self, deadline).await
+    }
+
+    /// Runs commands that do not depend on each other's answers: they are sent without waiting in
+    /// between. The answers come in the same order.
+    pub async fn execute_all(
+        &self,
+        commands: impl IntoIterator<Item = (&str, Value)>,
+        deadline: Duration,
+    ) -> Result<Vec<Result<Value, QmpError>>, QmpError> {
+        let mut commands = commands.into_iter();
+        let mut answers = Vec::new();
+        loop {
+            let begun = commands.by_ref().take(COMMANDS_AT_ONCE);
+            let begun = begun.map(|(name, arguments)| self.begin(name, arguments));
+            let begun = begun.collect::<Result<Vec<_>, _>>()?;
+            if begun.is_empty() {
+                return Ok(answers);
+            }
+            for call in begun {
+                answers.push(call.answer(self, deadline).await);
+            }
+        }
+    }
+
+    fn begin(&self, name: &str, arguments: Value) -> Result<Begun<'_>, QmpError> {
         let arguments = object(name, arguments)?;
         let call = self.shared.next_call.fetch_add(1, Ordering::Relaxed);
         let (answer, answered) = oneshot::channel();
         let message = Message::Call { call, name: name.to_owned(), arguments, answer };
         self.calls.send(message).map_err(|_| self.closed(name))?;
-        let _cancel = CancelOnDrop { call, calls: &self.calls };
-        match tokio::time::timeout(deadline, answered).await {
-            Err(_) => Err(QmpError::Timeout { command: name.into(), waited: deadline }),
-            Ok(Err(_)) => Err(self.closed(name)),
-            Ok(Ok(answer)) => answer.map_err(|error| error.named(name)),
-        }
+        let cancel = CancelOnDrop { call, calls: &self.calls };
+        Ok(Begun { name: name.to_owned(), answered, _cancel: cancel })
     }
 
     fn closed(&self, name: &str) -> QmpError {
         let why = self.ended().unwrap_or("its driver is gone").to_owned();
         QmpError::Closed { command: name.into(), path: self.shared.path.clone(), why }
+    }
+}
+
+/// A command that was sent.
+struct Begun<'a> {
+    name: String,
+    answered: oneshot::Receiver<Answer>,
+    _cancel: CancelOnDrop<'a>,
+}
+
+impl Begun<'_> {
+    async fn answer(self, monitor: &Monitor, deadline: Duration) -> Result<Value, QmpError> {
+        match tokio::time::timeout(deadline, self.answered).await {
+            Err(_) => Err(QmpError::Timeout { command: self.name, waited: deadline }),
+            Ok(Err(_)) => Err(monitor.closed(&self.name)),
+            Ok(Ok(answer)) => answer.map_err(|error| error.named(&self.name)),
+        }
     }
 }
 

@@ -15,45 +15,99 @@ use crate::repository::Inner;
 
 const FILE: &str = "catalog";
 
+/// Manifests that are read one by one before the cache of all is worth its reading.
+const MANIFESTS_READ_MAX: u32 = 64;
+
 #[derive(Default)]
 pub(crate) struct Catalog(Mutex<Entries>);
 
 #[derive(Default)]
 struct Entries {
     loaded: bool,
+    /// The cache does not hold just these.
+    unsaved: bool,
     points: BTreeMap<PointId, Point>,
+}
+
+impl Entries {
+    /// Adds what the cache holds.
+    fn load(&mut self, inner: &Inner) {
+        if !std::mem::replace(&mut self.loaded, true) {
+            let mut cached = load(inner);
+            self.unsaved |= self.points.keys().any(|id| !cached.contains_key(id));
+            cached.append(&mut self.points);
+            self.points = cached;
+        }
+    }
+
+    /// Reads a manifest unless it is known already.
+    fn learn(&mut self, inner: &Inner, id: &PointId) -> Result<()> {
+        if !self.points.contains_key(id)
+            && let Some(point) = read(inner, id)?
+        {
+            self.points.insert(id.clone(), point);
+            self.unsaved |= self.loaded;
+        }
+        Ok(())
+    }
 }
 
 impl Catalog {
     /// The points called `ids`, in that order, less those whose manifests are damaged or went away.
     pub(crate) fn points(&self, inner: &Inner, ids: &BTreeSet<PointId>) -> Result<Vec<Point>> {
         let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if !entries.loaded {
-            entries.points = load(inner);
-            entries.loaded = true;
-        }
+        entries.load(inner);
         let known = entries.points.len();
         entries.points.retain(|id, _| ids.contains(id));
-        let mut changed = entries.points.len() != known;
+        entries.unsaved |= entries.points.len() != known;
         for id in ids {
-            if entries.points.contains_key(id) {
-                continue;
-            }
-            if let Some(point) = read(inner, id)? {
-                entries.points.insert(id.clone(), point);
-                changed = true;
-            }
+            entries.learn(inner, id)?;
         }
-        if changed {
+        if std::mem::take(&mut entries.unsaved) {
             save(inner, &entries.points);
         }
         Ok(entries.points.values().cloned().collect())
     }
 
+    /// For each of `wanted` the newest of the points called `ids` that counts and that it says yes
+    /// to.
+    pub(crate) fn newest<F: Fn(&Point) -> bool>(
+        &self,
+        inner: &Inner,
+        ids: &BTreeSet<PointId>,
+        counts: impl Fn(&Point) -> bool,
+        wanted: &[F],
+    ) -> Result<Vec<Option<Point>>> {
+        let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut found = vec![None; wanted.len()];
+        let mut read_here = 0;
+        for id in ids.iter().rev() {
+            if found.iter().all(Option::is_some) {
+                break;
+            }
+            if !entries.points.contains_key(id) {
+                if read_here == MANIFESTS_READ_MAX {
+                    entries.load(inner);
+                }
+                read_here += 1;
+                entries.learn(inner, id)?;
+            }
+            let Some(point) = entries.points.get(id).filter(|point| counts(point)) else {
+                continue;
+            };
+            for (found, wants) in found.iter_mut().zip(wanted) {
+                if found.is_none() && wants(point) {
+                    *found = Some(point.clone());
+                }
+            }
+        }
+        Ok(found)
+    }
+
     /// Reads all manifests again at the next use.
     pub(crate) fn forget(&self, inner: &Inner) {
         let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *entries = Entries { loaded: true, points: BTreeMap::new() };
+        *entries = Entries { loaded: true, ..Entries::default() };
         save(inner, &entries.points);
     }
 }

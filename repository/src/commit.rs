@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use crate::dedup::DedupIndex;
+use crate::dedup::{DedupIndex, LazyDedup};
 use crate::encoder::Encoders;
 use crate::envelope::Kind;
 use crate::error::{Damage, DamageKind, Error, Result};
-use crate::ids::{ChainId, PackId, PointId, VmName, WriterId};
+use crate::ids::{ChainId, DiskId, PackId, PointId, VmName, WriterId};
 use crate::manifest::{self, Receipt};
 use crate::map::{Below, MapView, RunDraft, RunReader, fold, merge_count};
 use crate::names;
@@ -85,26 +85,29 @@ impl Repository {
         &self,
         begin: &BeginPoint,
         announcement: &Announcement,
-    ) -> Result<(PointId, ChainId, DedupIndex, BTreeSet<PackId>)> {
-        let points = self.points()?;
-        let of_chain = |point: &Point| match &begin.chain {
-            ChainChoice::New => false,
-            ChainChoice::Existing(chain) => &point.chain == chain && point.vm == begin.vm,
-        };
+    ) -> Result<(PointId, ChainId, LazyDedup, BTreeSet<PackId>)> {
+        let newest = self.newest_of(&begin.vm, None)?;
         if let ChainChoice::Existing(chain) = &begin.chain
-            && !points.iter().any(of_chain)
+            && newest.as_ref().is_none_or(|newest| &newest.chain != chain)
+            && self.newest_of(&begin.vm, Some(chain))?.is_none()
         {
             return Err(Error::NotFound { what: format!("chain {chain} of {}", begin.vm) });
         }
-        let before = |point: &&Point| point.vm == begin.vm || of_chain(point);
-        let floor = points.iter().filter(before).map(|point| &point.id).max();
+        let floor = newest.as_ref().map(|point| &point.id);
         let point = PointId::next(begin.now, floor, u32::from_le_bytes(random()?));
         let chain = match &begin.chain {
             ChainChoice::New => ChainId::from(&point),
             ChainChoice::Existing(chain) => chain.clone(),
         };
         let quarantined = self.inner.coordination.quarantined()?;
-        let dedup = load_dedup(&self.inner, announcement.generation(), &quarantined)?;
+        let (inner, generation) = (Arc::clone(&self.inner), announcement.generation());
+        let avoided = quarantined.clone();
+        let dedup = LazyDedup::new(move || {
+            load_dedup(&inner, generation, &avoided).unwrap_or_else(|error| {
+                tracing::warn!(%error, "the dedup cache is not used");
+                DedupIndex::new()
+            })
+        });
         Ok((point, chain, dedup, quarantined))
     }
 }
@@ -130,10 +133,10 @@ fn load_dedup(
     }
 }
 
-fn save_dedup(inner: &Inner, generation: Generation, dedup: &DedupIndex) {
-    if let Some(cache) = &inner.cache {
+fn save_dedup(inner: &Inner, generation: Generation, dedup: &LazyDedup) {
+    if let (Some(cache), Some(table)) = (&inner.cache, dedup.save_if_more()) {
         let mut payload = generation.0.to_le_bytes().to_vec();
-        payload.extend_from_slice(&dedup.save());
+        payload.extend_from_slice(&table);
         cache.write(Kind::DEDUP, DEDUP_FILE, &payload);
     }
 }
@@ -244,6 +247,10 @@ impl PointWriter {
             what: format!("disk {disk} of point {} is not finished", self.id()),
             advice: "finish or leave out every disk before the commit",
         })?;
+        // Disks may have been begun in any order.
+        let place = |id: &DiskId| meta.disks.iter().position(|disk| &disk.disk == id);
+        let mut finished = finished;
+        finished.sort_by_key(|disk| place(&disk.disk));
         let (packs, pack_bytes) = self.session.close_packs()?;
         let mut stored = Stored { objects: packs, bytes: pack_bytes };
         let disks: Result<Vec<PointDisk>> =

@@ -5,7 +5,8 @@
 //! there after the writer announced itself.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::error::{Damage, DamageKind, Result};
 use crate::ids::{BlockId, PackId};
@@ -107,6 +108,45 @@ impl DedupIndex {
             }
         }
         Ok(index)
+    }
+}
+
+/// An index that is loaded when it is first asked: a point without a new block needs none.
+pub(crate) struct LazyDedup {
+    index: OnceLock<DedupIndex>,
+    load: Mutex<Option<Loader>>,
+    /// Something was learnt that a saved table does not hold.
+    more: AtomicBool,
+}
+
+type Loader = Box<dyn FnOnce() -> DedupIndex + Send>;
+
+impl LazyDedup {
+    pub(crate) fn new(load: impl FnOnce() -> DedupIndex + Send + 'static) -> Self {
+        let load: Loader = Box::new(load);
+        let (index, more) = (OnceLock::new(), AtomicBool::new(false));
+        Self { index, load: Mutex::new(Some(load)), more }
+    }
+
+    pub(crate) fn find(&self, id: &BlockId) -> Option<Location> {
+        self.index().find(id)
+    }
+
+    pub(crate) fn insert(&self, id: &BlockId, location: Location) {
+        self.more.store(true, Ordering::Relaxed);
+        self.index().insert(id, location);
+    }
+
+    /// As [`DedupIndex::save`], where there is something new to save.
+    pub(crate) fn save_if_more(&self) -> Option<Vec<u8>> {
+        self.more.load(Ordering::Relaxed).then(|| self.index().save())
+    }
+
+    fn index(&self) -> &DedupIndex {
+        self.index.get_or_init(|| {
+            let load = self.load.lock().unwrap_or_else(PoisonError::into_inner).take();
+            load.map_or_else(DedupIndex::new, |load| load())
+        })
     }
 }
 

@@ -26,6 +26,7 @@ mod manifest;
 mod map;
 mod names;
 mod pack;
+mod packs;
 pub mod point;
 mod reader;
 mod record;

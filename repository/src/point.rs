@@ -204,7 +204,7 @@ pub struct Point {
     pub writer_id: WriterId,
     /// What the capture side said about it.
     pub meta: PointMeta,
-    /// Its disks, in the order in which they were started.
+    /// Its disks, in device order.
     pub disks: Vec<PointDisk>,
     /// Binary parts of the capsule.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

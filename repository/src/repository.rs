@@ -333,8 +333,28 @@ impl Repository {
     }
 
     fn point_ids(&self, prefix: &str) -> Result<BTreeSet<PointId>> {
-        let listed = self.inner.store.list(prefix)?;
-        Ok(listed.iter().filter_map(|entry| entry.name.last_part().parse().ok()).collect())
+        let listed = self.inner.store.names(prefix)?;
+        Ok(listed.iter().filter_map(|name| name.last_part().parse().ok()).collect())
+    }
+
+    /// For each of `wanted` the newest point that it says yes to. They are looked for from the
+    /// newest point on, so that it costs little however many there are.
+    pub(crate) fn newest<F: Fn(&Point) -> bool>(&self, wanted: &[F]) -> Result<Vec<Option<Point>>> {
+        let ids = self.point_ids(names::POINTS)?;
+        // After the listing, never before: what this shows was shown to a revoking gc too.
+        let standing = self.inner.coordination.standing()?;
+        let sees = |point: &Point| standing.sees(&point.id, &point.writer_id);
+        self.inner.catalog.newest(&self.inner, &ids, |point| sees(point), wanted)
+    }
+
+    /// The newest point of a VM, or of one of its chains.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn newest_of(&self, vm: &VmName, chain: Option<&ChainId>) -> Result<Option<Point>> {
+        let fits =
+            |point: &Point| &point.vm == vm && chain.is_none_or(|chain| chain == &point.chain);
+        Ok(self.newest(&[fits])?.pop().flatten())
     }
 
     /// The newest point of a VM (and chain) that holds a disk: the parent of its next delta.
@@ -347,11 +367,26 @@ impl Repository {
         chain: Option<&ChainId>,
         disk: &DiskId,
     ) -> Result<Option<Point>> {
-        let fits = |point: &Point| {
+        Ok(self.newest_with_disks(vm, chain, &[disk])?.pop().flatten())
+    }
+
+    /// As [`newest_with_disk`](Self::newest_with_disk) for several disks, in their order.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn newest_with_disks(
+        &self,
+        vm: &VmName,
+        chain: Option<&ChainId>,
+        disks: &[&DiskId],
+    ) -> Result<Vec<Option<Point>>> {
+        let fits = |disk: &DiskId, point: &Point| {
             let chain_fits = chain.is_none_or(|chain| chain == &point.chain);
             &point.vm == vm && chain_fits && point.disk(disk).is_some()
         };
-        Ok(self.points()?.into_iter().rfind(fits))
+        let wanted: Vec<_> =
+            disks.iter().map(|disk| move |point: &Point| fits(disk, point)).collect();
+        self.newest(&wanted)
     }
 
     /// Reads one disk of a point.

@@ -5,12 +5,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::block::Compression;
-use crate::dedup::DedupIndex;
+use crate::dedup::LazyDedup;
 use crate::error::{Error, Result};
 use crate::geometry::BlockSize;
 use crate::ids::{BlockId, DiskId, PackId, PointId, RunId};
 use crate::map::{DeltaWriter, RunReader, RunWriter};
-use crate::pack::PackWriter;
+use crate::packs::Packs;
 use crate::point::{DiskSummary, Frame, Location};
 use crate::repository::{Inner, random};
 use crate::sink::Parent;
@@ -20,7 +20,7 @@ pub(crate) struct Placed {
     pub(crate) location: Location,
     /// False when another disk or worker had stored it meanwhile.
     pub(crate) stored: bool,
-    /// Number of the pack it lies in, if that is not durable yet.
+    /// Number of the pack it lies in, if that may not be durable yet.
     pub(crate) open_pack: Option<u64>,
 }
 
@@ -32,15 +32,6 @@ pub(crate) struct FinishedDisk {
     pub(crate) parent: Option<Parent>,
     pub(crate) run: RunWriter,
     pub(crate) summary: DiskSummary,
-}
-
-/// Packs that were written and the one that is open.
-#[derive(Default)]
-pub(crate) struct Packs {
-    open: Option<PackWriter>,
-    /// Packs that are durable; also the number of the open one.
-    pub(crate) durable: u64,
-    pub(crate) bytes: u64,
 }
 
 #[derive(Default)]
@@ -58,7 +49,7 @@ struct Allowance(OnceLock<(u64, AtomicU64)>);
 pub(crate) struct Session {
     pub(crate) inner: Arc<Inner>,
     pub(crate) point: PointId,
-    pub(crate) dedup: DedupIndex,
+    pub(crate) dedup: LazyDedup,
     /// Damaged packs: what lies in them is stored anew.
     pub(crate) quarantined: BTreeSet<PackId>,
     packs: Mutex<Packs>,
@@ -75,7 +66,7 @@ impl Session {
     pub(crate) fn new(
         inner: Arc<Inner>,
         point: PointId,
-        dedup: DedupIndex,
+        dedup: LazyDedup,
         quarantined: BTreeSet<PackId>,
     ) -> Self {
         let (packs, disks, failure, allowance) = Default::default();
@@ -134,33 +125,27 @@ impl Session {
         self.guard(|| {
             let mut packs = lock(&self.packs);
             if let Some(location) = self.dedup.find(id) {
-                let open_pack = packs.number_if_open(location.pack);
+                let open_pack = packs.number_if_not_durable(location.pack);
                 return Ok(Placed { location, stored: false, open_pack });
             }
-            let number = packs.durable;
-            let location = packs.push(&self.inner, id, frame)?;
+            let (location, number) = packs.push(&self.inner, id, frame)?;
             self.dedup.insert(id, location);
-            let open_pack = (packs.durable == number).then_some(number);
-            Ok(Placed { location, stored: true, open_pack })
+            Ok(Placed { location, stored: true, open_pack: Some(number) })
         })
     }
 
-    /// The number of this pack if it is the open one.
+    /// The number of this pack if it is one of ours that is not durable.
     pub(crate) fn open_pack(&self, pack: PackId) -> Option<u64> {
-        lock(&self.packs).number_if_open(pack)
+        lock(&self.packs).number_if_not_durable(pack)
     }
 
     pub(crate) fn is_durable(&self, pack: u64) -> bool {
-        lock(&self.packs).durable > pack
+        lock(&self.packs).durable() > pack
     }
 
-    /// Closes the open pack; returns packs and bytes written so far.
+    /// Makes all packs durable; returns packs and bytes written.
     pub(crate) fn close_packs(&self) -> Result<(u64, u64)> {
-        self.guard(|| {
-            let mut packs = lock(&self.packs);
-            packs.close()?;
-            Ok((packs.durable, packs.bytes))
-        })
+        self.guard(|| lock(&self.packs).close_all())
     }
 
     /// Notes that a disk is begun; false when it was before.
@@ -188,34 +173,5 @@ impl Session {
             Some(open) => Err(open.clone()),
             None => Ok(finished),
         }
-    }
-}
-
-impl Packs {
-    fn number_if_open(&self, pack: PackId) -> Option<u64> {
-        self.open.as_ref().filter(|open| open.id() == pack).map(|_| self.durable)
-    }
-
-    fn push(&mut self, inner: &Inner, id: &BlockId, frame: &Frame) -> Result<Location> {
-        let open = match &mut self.open {
-            Some(open) => open,
-            None => {
-                let id = PackId(random()?);
-                self.open.insert(PackWriter::create(&*inner.store, &inner.config.id, id)?)
-            }
-        };
-        let location = Location { pack: open.id(), slot: open.push(id, frame)? };
-        if open.is_full() {
-            self.close()?;
-        }
-        Ok(location)
-    }
-
-    fn close(&mut self) -> Result<()> {
-        if let Some(open) = self.open.take() {
-            self.bytes += open.finish()?;
-            self.durable += 1;
-        }
-        Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! One disk of a point being written: the parent's blocks in one hand, the ordered sink in another.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::encoder::Encoders;
@@ -119,8 +120,8 @@ pub struct DiskSink {
     blocks: u64,
     next: BlockIndex,
     boundary_pushed: bool,
-    /// The first block of ours in a pack that is not durable, and that pack's number.
-    open: Option<(u64, BlockIndex)>,
+    /// Packs that are not known to be durable, and our first block in each; ascending.
+    open: VecDeque<(u64, BlockIndex)>,
     summary: DiskSummary,
 }
 
@@ -142,7 +143,7 @@ impl DiskSink {
             blocks,
             next: BlockIndex(0),
             boundary_pushed: false,
-            open: None,
+            open: VecDeque::new(),
             summary: DiskSummary::default(),
         })
     }
@@ -199,11 +200,12 @@ impl DiskSink {
 
     /// Every block below this one that was pushed lies in durable packs.
     #[must_use]
-    pub fn durable_below(&self) -> BlockIndex {
-        match self.open {
-            Some((pack, first)) if !self.session.is_durable(pack) => first,
-            _ => self.next,
+    pub fn durable_below(&mut self) -> BlockIndex {
+        while self.open.front().is_some_and(|(pack, _)| self.session.is_durable(*pack)) {
+            self.open.pop_front();
         }
+        // A block that repeats one of another disk may lie in an older pack than one before it.
+        self.open.iter().map(|(_, first)| *first).min().unwrap_or(self.next)
     }
 
     /// Ends the disk. Its map is stored when the point is committed.
@@ -276,10 +278,8 @@ impl DiskSink {
 
     fn note_open(&mut self, index: BlockIndex, pack: Option<u64>) {
         let Some(pack) = pack else { return };
-        match self.open {
-            Some((noted, _)) if noted == pack => (),
-            // A pack of ours that is not durable is the open one: an older one is durable by now.
-            _ => self.open = Some((pack, index)),
+        if let Err(place) = self.open.binary_search_by_key(&pack, |(noted, _)| *noted) {
+            self.open.insert(place, (pack, index));
         }
     }
 

@@ -96,3 +96,35 @@ fn disks_on_ide_sata_and_nvme_chain_like_all_others() -> Result<()> {
     }
     Ok(())
 }
+
+/// More disks than are read at one time, attached in turns by `-blockdev` and `-drive`, which QEMU
+/// lists apart: the report has them as the guest numbers them, and each restores.
+#[test]
+fn many_disks_are_read_side_by_side_and_listed_in_device_order() -> Result<()> {
+    let ids = ["zeta", "beta", "omega", "alpha", "kappa", "iota"];
+    let mut spec = VmSpec::new("many").no_guest();
+    for (index, id) in ids.iter().enumerate() {
+        let attach = if index % 2 == 0 { Attach::Blockdev } else { Attach::Drive };
+        spec = spec.disk(Disk::new(id, 16 * MIB).attach(attach));
+    }
+    let mut vm = spec.start()?;
+    let icecore = Icecore::new()?;
+    for mode in ["full", "incremental"] {
+        for (byte, id) in (1..).zip(ids) {
+            vm.fill(id, byte, u64::from(byte) * MIB, 3 * MIB)?;
+        }
+        let report = icecore.prove_next_point(&vm)?;
+        let listed: Vec<_> = report["disks"].as_array().into_iter().flatten().collect();
+        let listed: Vec<_> = listed.iter().filter_map(|disk| disk["disk"].as_str()).collect();
+        assert_eq!(listed, ids);
+        for id in ids {
+            require_mode(&report, id, mode)?;
+        }
+        let show = icecore.command("point").args(["show", "latest", "--repo"]);
+        let point = show.arg(icecore.repository()).json()?;
+        let held: Vec<_> = point["disks"].as_array().into_iter().flatten().collect();
+        let held: Vec<_> = held.iter().filter_map(|d| d.as_str().or(d["disk"].as_str())).collect();
+        assert_eq!(held, ids, "the manifest has the same order");
+    }
+    vm.require_alive()
+}

@@ -11,10 +11,11 @@ use icecore_io_engine::{
 use icecore_nbd_client::Control;
 use icecore_qmp::bitmap::BitmapName;
 use icecore_repository::{
-    BlockIndex, DiskId, DiskMeta, DiskReader, DiskStart, DiskWriter, PointWriter, Repository,
+    BlockIndex, DiskId, DiskMeta, DiskReader, DiskStart, DiskWriter, Repository,
 };
 
-use super::{Backup, Chosen, fallback_refused, granularity};
+use super::side_by_side::Reading;
+use super::{Chosen, fallback_refused, granularity};
 use crate::capture::changes::{self, Scope};
 use crate::capture::decide::{Decision, remembered};
 use crate::capture::spool::Spool;
@@ -24,7 +25,6 @@ use crate::capture::{Capture, Data, DirtyMap, Readable, Recorder};
 use crate::data::{self, Activity};
 use crate::failure::{Failure, Outcome};
 use crate::nbd::{self, Lanes};
-use crate::progress::{Meter, Progress};
 use crate::report::Latency;
 
 /// Lanes on a spool, for the thread backend.
@@ -81,31 +81,28 @@ struct Moved {
     latency: Latency,
 }
 
-impl<C: Capture> Backup<'_, C> {
+impl<C: Capture> Reading<'_, C> {
     /// Reads the `at`-th chosen disk.
-    pub(super) async fn read_disk(
-        &mut self,
-        at: usize,
-        disk: &Chosen,
-        writer: Option<&PointWriter>,
-    ) -> Outcome<DiskResult> {
+    pub(super) async fn disk(&self, at: usize, disk: &Chosen) -> Outcome<DiskResult> {
         let started = Instant::now();
         let parent = self.parent_reader(disk)?;
         let samples = match &parent {
-            Some(parent) => trust::samples(parent, disk.seen.size_bytes, &self.tried())?,
+            Some(parent) => trust::samples(parent, disk.seen.size_bytes, &self.tried)?,
             None => Vec::new(),
         };
         let base = disk.decision.base.as_ref();
-        let readable = self.capture.open(at, base, &samples).await?;
+        let readable = self.capture.lock().await.open(at, base, &samples).await?;
         let (decision, trial) = self.trusted(disk, parent.as_ref(), &readable, &samples).await?;
         let readable = match (&decision.base, base) {
-            (None, Some(_)) => self.capture.open(at, None, &[]).await?,
+            (None, Some(_)) => self.capture.lock().await.open(at, None, &[]).await?,
             _ => readable,
         };
         if let Some(doubt) = decision.doubt {
             tracing::info!(disk = %disk.seen.id, reason = doubt.name(), "read whole: {doubt}");
         }
-        let (moved, dirty_bytes) = self.move_data(disk, &decision, &readable, writer).await?;
+        self.check()?;
+        let (moved, dirty_bytes) = self.move_data(at, disk, &decision, &readable).await?;
+        self.capture.lock().await.close(at);
         let identity = match self.parent_identity(&decision, &disk.seen.id)? {
             Some(parent) => disk.seen.identity_beside(&parent).to_string(),
             None => disk.seen.identity.to_string(),
@@ -135,7 +132,7 @@ impl<C: Capture> Backup<'_, C> {
     ) -> Outcome<Option<icecore_qmp::inventory::Identity>> {
         let Some(parent) = &decision.parent else { return Ok(None) };
         let point =
-            self.repository.point(parent).map_err(|e| Failure::from_repository(self.tried(), e))?;
+            self.repository.point(parent).map_err(|e| Failure::from_repository(&self.tried, e))?;
         let meta = point.meta.disks.into_iter().find(|meta| &meta.disk == disk);
         Ok(meta.map(|meta| icecore_qmp::inventory::Identity(meta.identity)))
     }
@@ -145,7 +142,7 @@ impl<C: Capture> Backup<'_, C> {
         let (Some(_), Some(parent)) = (&disk.decision.base, &disk.decision.parent) else {
             return Ok(None);
         };
-        let failed = |e| Failure::from_repository(self.tried(), e);
+        let failed = |e| Failure::from_repository(&self.tried, e);
         let point = self.repository.point(parent).map_err(failed)?;
         self.repository.disk_reader(&point, &disk.seen.id).map(Some).map_err(failed)
     }
@@ -163,15 +160,15 @@ impl<C: Capture> Backup<'_, C> {
             return Ok((decision, Trial { doubt: None, sampled_blocks: 0 }));
         };
         let paranoid = self.request.paranoid;
-        let (repository, tried) = (self.repository, self.tried());
+        let (repository, tried) = (self.repository, &self.tried);
         let trial =
-            trust::test(repository, parent, readable, base, samples, paranoid, &tried).await?;
+            trust::test(repository, parent, readable, base, samples, paranoid, tried).await?;
         match trial.doubt {
             None => Ok((decision, trial)),
             Some(doubt) => {
                 tracing::warn!(disk = %disk.seen.id, "{doubt}; the disk is read whole");
                 if self.request.strict {
-                    return Err(fallback_refused(self.tried(), &disk.seen.id, doubt));
+                    return Err(fallback_refused(&self.tried, &disk.seen.id, doubt));
                 }
                 Ok((decision.whole(doubt), trial))
             }
@@ -180,10 +177,10 @@ impl<C: Capture> Backup<'_, C> {
 
     async fn move_data(
         &self,
+        at: usize,
         disk: &Chosen,
         decision: &Decision,
         readable: &Readable,
-        writer: Option<&PointWriter>,
     ) -> Outcome<(Moved, u64)> {
         let tried = format!("read disk {} of {}", disk.seen.id, self.request.vm);
         let (lanes, items) = self.source(decision, readable, &tried).await?;
@@ -191,16 +188,14 @@ impl<C: Capture> Backup<'_, C> {
             LaneSet::new(lanes.set, self.context.engine).map_err(|e| Failure::failed(&tried, e))?;
         let _hang_up = lanes.hang_up;
         let (items, counted) = Counted::new(items);
-        let mut options = data::options(self.context, &self.interrupt.flag());
-        let activity = self.job.activity();
+        let activity = self.activity.clone();
+        let mut options = self.memory.options(&activity.stop);
         options.control.pulse = Arc::clone(&activity.pulse);
         options.control.pacing = Arc::clone(&self.pacing);
         options.priority = self.request.priority;
-        let label = format!("{} {}", self.request.vm, disk.seen.id);
-        let meter = Meter::new(readable.size_bytes, Arc::clone(&options.control.progress));
-        let _shown = Progress::show(label, meter, self.context.quiet);
+        options.control.progress = Arc::clone(&self.counted[at]);
         let run = DataRun { set, items, options, size: readable.size_bytes, activity };
-        let moved = match writer {
+        let moved = match self.writer {
             None => run.hash_only(self.repository).await,
             Some(writer) => {
                 let start = DiskStart {

@@ -4,6 +4,7 @@
 
 mod disk;
 mod report;
+mod side_by_side;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -126,8 +127,8 @@ impl<C: Capture> Backup<'_, C> {
         writer: Option<&PointWriter>,
     ) -> Outcome<(Vec<Chosen>, Vec<Task>)> {
         let mut chosen = Vec::with_capacity(picked.len());
-        for (index, seen) in picked {
-            let parent = self.parent(chain, &seen)?;
+        let parents = self.parents(chain, &picked)?;
+        for ((index, seen), parent) in picked.into_iter().zip(parents) {
             let damaged = match &parent {
                 Some(point) => self.is_damaged(point, &seen)?,
                 None => false,
@@ -188,7 +189,7 @@ impl<C: Capture> Backup<'_, C> {
         let fallback = chosen.iter().find(|disk| disk.decision.is_fallback());
         match (self.request.strict, fallback.and_then(|disk| disk.decision.doubt.zip(Some(disk)))) {
             (true, Some((doubt, disk))) => {
-                Err(fallback_refused(self.tried(), &disk.seen.id, doubt))
+                Err(fallback_refused(&self.tried(), &disk.seen.id, doubt))
             }
             _ => Ok(()),
         }
@@ -206,12 +207,8 @@ impl<C: Capture> Backup<'_, C> {
             };
         }
         let failed = |e| Failure::from_repository(self.tried(), e);
-        let points = self.repository.points().map_err(failed)?;
-        let mut of_vm = points.iter().rev().filter(|point| point.vm == self.request.vm);
-        let found = match &self.request.chain {
-            Some(chain) => of_vm.find(|point| &point.chain == chain).map(|p| p.chain.clone()),
-            None => of_vm.next().map(|point| point.chain.clone()),
-        };
+        let newest = self.repository.newest_of(&self.request.vm, self.request.chain.as_ref());
+        let found = newest.map_err(failed)?.map(|point| point.chain);
         match (&found, &self.request.chain, self.request.level) {
             (None, Some(chain), _) => {
                 let why = format!("{} has no chain {chain}", self.request.vm);
@@ -228,10 +225,16 @@ impl<C: Capture> Backup<'_, C> {
         }
     }
 
-    fn parent(&self, chain: Option<&ChainId>, disk: &SeenDisk) -> Outcome<Option<Point>> {
-        let Some(chain) = chain else { return Ok(None) };
+    /// The parent of each disk, in their order.
+    fn parents(
+        &self,
+        chain: Option<&ChainId>,
+        disks: &[(usize, SeenDisk)],
+    ) -> Outcome<Vec<Option<Point>>> {
+        let Some(chain) = chain else { return Ok(vec![None; disks.len()]) };
+        let ids: Vec<&DiskId> = disks.iter().map(|(_, disk)| &disk.id).collect();
         self.repository
-            .newest_with_disk(&self.request.vm, Some(chain), &disk.id)
+            .newest_with_disks(&self.request.vm, Some(chain), &ids)
             .map_err(|e| Failure::from_repository(self.tried(), e))
     }
 
@@ -286,15 +289,15 @@ impl<C: Capture> Backup<'_, C> {
         watch.before_instant().await;
         let taken = self.capture.take(tasks).await?;
         watch.begin();
-        self.job.set_status(self.context, JobStatus::Captured)?;
-        let mut results = Vec::with_capacity(chosen.len());
-        for (at, disk) in chosen.iter().enumerate() {
-            self.interrupt.check(&self.tried())?;
-            match self.read_disk(at, disk, writer).await {
-                Ok(result) => results.push(result),
-                Err(failure) => return Err(self.explained(failure).await),
-            }
-        }
+        self.interrupt.check(&self.tried())?;
+        // Written beside: the guest is free again, and the disks need not wait for it.
+        let noted = self.job.note_status(self.context, JobStatus::Captured);
+        let read = self.read_disks(chosen, writer).await;
+        noted.await.map_err(|e| Failure::failed(self.tried(), e))??;
+        let results = match read {
+            Ok(results) => results,
+            Err(failure) => return Err(self.explained(failure).await),
+        };
         self.capture.release().await?;
         Ok((taken, results))
     }
@@ -386,7 +389,7 @@ pub fn granularity(repository: &Repository) -> Granularity {
     Granularity::new(block).unwrap_or(Granularity::DEFAULT)
 }
 
-fn fallback_refused(tried: String, disk: &DiskId, doubt: icecore_qmp::bitmap::Doubt) -> Failure {
+fn fallback_refused(tried: &str, disk: &DiskId, doubt: icecore_qmp::bitmap::Doubt) -> Failure {
     let why = format!("disk {disk} would be read whole ({}): {doubt}", doubt.name());
     Failure::failed(tried, why).next("allow it with --on-fallback run")
 }

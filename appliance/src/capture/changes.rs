@@ -2,14 +2,20 @@
 
 use icecore_io_engine::{ReadItem, Span};
 use icecore_nbd_client::extents::Extent;
-use icecore_nbd_client::{Changed, ChangedKind, Flow};
+use icecore_nbd_client::{Changed, ChangedKind, ContextId, Flow};
 use tokio::sync::mpsc;
 
 use crate::nbd::{ALLOCATION, Questions};
 
 /// A stretch is asked for as a whole and its answer held while it is read: the connection has
-/// nothing unread in it, however slowly the data plane goes on. At most 131,072 extents of 64 KiB.
-const STRETCH_BYTES: u64 = 8 << 30;
+/// nothing unread in it, however slowly the data plane goes on. This is the first one: reading
+/// begins soon, and a disk that is all dirty fills it with 131,072 extents of 64 KiB.
+const STRETCH_BYTES_FIRST: u64 = 8 << 30;
+/// A stretch with fewer extents than this is followed by one twice as long: what is sparse costs
+/// what is in it, not its size.
+const STRETCH_EXTENTS_FEW: usize = 1 << 12;
+/// A stretch ends early when so many extents are held (3 MiB).
+const STRETCH_EXTENTS_MAX: usize = 1 << 17;
 /// Items on their way to the data plane.
 const ITEMS_AHEAD: usize = 1024;
 
@@ -81,44 +87,60 @@ type Failed = Box<dyn std::error::Error + Send + Sync>;
 
 impl Source {
     async fn run(&mut self, items: &mpsc::Sender<Message>) -> Result<(), Failed> {
-        let mut at = 0;
+        let (mut at, mut stretch) = (0, STRETCH_BYTES_FIRST);
         while at < self.size {
-            let len = STRETCH_BYTES.min(self.size - at);
-            for changed in self.changed(Extent::new(at, len)).await? {
+            let asked = Extent::new(at, stretch.min(self.size - at));
+            let found = self.changed(asked).await?;
+            at = match found.last() {
+                Some(last) if found.len() >= STRETCH_EXTENTS_MAX => last.offset + last.length,
+                _ => asked.end(),
+            };
+            if found.len() < STRETCH_EXTENTS_FEW {
+                stretch = stretch.saturating_mul(2);
+            }
+            for changed in found {
                 items.send(Message::Item(item(changed))).await.map_err(|_| "the reader is gone")?;
             }
-            at += len;
         }
         Ok(())
     }
 
+    /// What changed in a stretch, up to its end or to [`STRETCH_EXTENTS_MAX`].
     async fn changed(&mut self, stretch: Extent) -> Result<Vec<Changed>, Failed> {
-        let session = self.control.session();
-        let allocation = session.context(ALLOCATION);
         let mut found = Vec::new();
-        let mut keep = |changed| {
-            found.push(changed);
-            Flow::Continue(())
-        };
-        match &self.scope {
-            Scope::Whole => {
-                self.control.changed(stretch, None, allocation, &mut keep).await?;
-            }
+        match self.scope.clone() {
+            Scope::Whole => self.ask(stretch, None, &mut found).await?,
             Scope::Bitmap { name, grown_from } => {
                 let context = format!("qemu:dirty-bitmap:{name}");
-                let bitmap = session.context(&context).ok_or("the dirty bitmap is not exported")?;
-                let old = stretch.end().min(*grown_from).saturating_sub(stretch.offset);
-                if old > 0 {
-                    let known = Extent::new(stretch.offset, old);
-                    self.control.changed(known, Some(bitmap), allocation, &mut keep).await?;
-                }
+                let bitmap = self.control.session().context(&context);
+                let bitmap = bitmap.ok_or("the dirty bitmap is not exported")?;
+                let old = stretch.end().min(grown_from).saturating_sub(stretch.offset);
+                let known = Extent::new(stretch.offset, old);
+                self.ask(known, Some(bitmap), &mut found).await?;
                 let grown = Extent::new(stretch.offset + old, stretch.length - old);
-                if grown.length > 0 {
-                    self.control.changed(grown, None, allocation, &mut keep).await?;
+                if found.len() < STRETCH_EXTENTS_MAX {
+                    self.ask(grown, None, &mut found).await?;
                 }
             }
         }
         Ok(found)
+    }
+
+    async fn ask(
+        &mut self,
+        range: Extent,
+        bitmap: Option<ContextId>,
+        found: &mut Vec<Changed>,
+    ) -> Result<(), Failed> {
+        if range.length == 0 {
+            return Ok(());
+        }
+        let allocation = self.control.session().context(ALLOCATION);
+        let keep = |changed| {
+            found.push(changed);
+            if found.len() >= STRETCH_EXTENTS_MAX { Flow::Break(()) } else { Flow::Continue(()) }
+        };
+        Ok(self.control.changed(range, bitmap, allocation, keep).await?)
     }
 }
 

@@ -248,9 +248,9 @@ impl Capture for ImageCapture {
         _samples: &[Range<u64>],
     ) -> Outcome<Readable> {
         let dir = self.made_dir()?;
-        // One at a time: each costs a process and the memory of its caches.
-        self.images.iter_mut().for_each(|image| image.daemon = None);
         let image = self.image(at);
+        // One serves one way of reading only.
+        image.daemon = None;
         let bitmap = base.map(|base| image.info.name_of(&base.bitmap));
         let served = Served::Shared { bitmap: bitmap.clone() };
         let daemon = StorageDaemon::start(&image.named.path, image.info.format, &served, &dir)?;
@@ -259,6 +259,10 @@ impl Capture for ImageCapture {
         image.daemon = Some(daemon);
         let dirty = bitmap.map(|bitmap| DirtyMap::Export { bitmap });
         Ok(Readable { data: Data::Export(uri), dirty, size_bytes })
+    }
+
+    fn close(&mut self, at: usize) {
+        self.image(at).daemon = None;
     }
 
     async fn lost(&self) -> Option<String> {

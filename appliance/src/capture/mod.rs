@@ -183,6 +183,9 @@ pub trait Capture {
         None
     }
 
+    /// The `at`-th of the tasks is read: what was there for this alone may go.
+    fn close(&mut self, _at: usize) {}
+
     /// Why the instant was lost, where the capture knows better than whoever read from it.
     async fn lost(&self) -> Option<String>;
 

@@ -51,7 +51,7 @@ pub async fn run(context: &Context, args: BackupArgs) -> Outcome<u8> {
         };
     }
     fill_record(&mut job, &vm, &request, &repository);
-    job.save(context)?;
+    job.note(context)?;
     let run = Run {
         context,
         repository: &repository,
@@ -113,7 +113,6 @@ impl Run<'_> {
         job.record.qga = qga.map(|path| absolute(path, self.tried)).transpose()?;
         job.record.scratch =
             Some(absolute(&base, self.tried)?.join(format!("icecore-{}", job.id().run())));
-        job.save(self.context)?;
         let guardian =
             target::guard(self.context, qmp, qga.map(ToOwned::to_owned), self.tried).await?;
         let settings = Settings {

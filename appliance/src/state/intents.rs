@@ -1,4 +1,7 @@
-//! Intents: each step that changes QEMU, the repository or a target is on disk before it is taken.
+//! Intents: each step that changes QEMU, the repository or a target is on record before it is taken.
+//!
+//! What is intended with a running QEMU need not outlive a power cut: QEMU does not either. It is
+//! written, so that it outlives us. What is intended with an image is synced, too.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
@@ -20,28 +23,37 @@ const INTENTS_BYTES_MAX: u64 = 16 << 20;
 pub struct IntentLog {
     file: File,
     path: PathBuf,
+    /// The name of the file is durable.
+    named: bool,
 }
 
 impl IntentLog {
     /// Starts the log of `job`.
     pub fn create(state: &State, job: &JobId) -> Outcome<Self> {
         let path = state.dir("jobs")?.join(format!("{job}.intents"));
-        let make = || {
-            let file = OpenOptions::new().append(true).create(true).mode(0o600).open(&path)?;
-            sync_parent(&path)?;
-            Ok(file)
-        };
-        let file = make().map_err(|e| failure("start", &path, e))?;
-        Ok(Self { file, path })
+        let file = OpenOptions::new().append(true).create(true).mode(0o600).open(&path);
+        let file = file.map_err(|e| failure("start", &path, e))?;
+        Ok(Self { file, path, named: false })
     }
 
-    /// Appends an intent; it is durable when this returns.
+    /// Appends an intent; it outlives this process when this returns.
     pub fn record<T: Serialize>(&mut self, intent: &T) -> Outcome<()> {
         let mut line =
             serde_json::to_vec(intent).map_err(|e| failure("write", &self.path, e.into()))?;
         line.push(b'\n');
-        let written = self.file.write_all(&line).and_then(|()| self.file.sync_data());
-        written.map_err(|e| failure("write", &self.path, e))
+        self.file.write_all(&line).map_err(|e| failure("write", &self.path, e))
+    }
+
+    /// Appends an intent; it and all before it outlive a power cut when this returns.
+    pub fn record_durably<T: Serialize>(&mut self, intent: &T) -> Outcome<()> {
+        self.record(intent)?;
+        let sync = || {
+            self.file.sync_data()?;
+            if self.named { Ok(()) } else { sync_parent(&self.path) }
+        };
+        sync().map_err(|e| failure("write", &self.path, e))?;
+        self.named = true;
+        Ok(())
     }
 }
 
@@ -101,7 +113,7 @@ mod tests {
         assert_eq!(read::<u32>(&state, &job).unwrap(), None);
         let mut log = IntentLog::create(&state, &job).unwrap();
         log.record(&7).unwrap();
-        log.record(&9).unwrap();
+        log.record_durably(&9).unwrap();
         assert_eq!(read::<u32>(&state, &job).unwrap(), Some(vec![7, 9]));
         forget(&state, &job).unwrap();
         assert_eq!(read::<u32>(&state, &job).unwrap(), None);

@@ -1,10 +1,11 @@
 //! Job records: what a run is, was, and why it failed.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::durable::show_file;
 use super::{State, replace_file};
 use crate::failure::{Failure, Outcome};
 
@@ -156,10 +157,23 @@ impl JobRecord {
 
     /// Writes the record durably.
     pub fn save(&self, state: &State) -> Outcome<()> {
+        self.write(state, replace_file)
+    }
+
+    /// Writes the record so that it outlives this process, not a power cut.
+    pub fn note(&self, state: &State) -> Outcome<()> {
+        self.write(state, show_file)
+    }
+
+    fn write(
+        &self,
+        state: &State,
+        write: impl FnOnce(&Path, &[u8]) -> std::io::Result<()>,
+    ) -> Outcome<()> {
         let path = state.dir("jobs")?.join(format!("{}.json", self.job));
         let tried = format!("write the job record {}", path.display());
         let text = serde_json::to_vec_pretty(self).map_err(|e| Failure::failed(&tried, e))?;
-        replace_file(&path, &text).map_err(|e| {
+        write(&path, &text).map_err(|e| {
             Failure::failed(tried, e).next("make room there, or name another with --state-dir")
         })
     }
@@ -169,40 +183,48 @@ impl JobRecord {
         self.status = if failure.is_some() { JobStatus::Error } else { JobStatus::Available };
         self.failure_reason = failure.map(|f| f.why.clone());
         self.ended_at = Some(now);
-        self.save(state)?;
+        // After a power cut, recovery asks the repository for the point and comes to the same end.
+        let recoverable = self.kind == JobKind::Backup && failure.is_none();
+        if recoverable { self.note(state) } else { self.save(state) }?;
         forget_old(state)
     }
 }
 
 /// All records that can be read, oldest first. A damaged one is named in the log and left.
 pub fn all(state: &State) -> Vec<JobRecord> {
+    paths(state).iter().filter_map(|path| read(path)).collect()
+}
+
+/// The files of all records, oldest first.
+fn paths(state: &State) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(state.root().join("jobs")) else { return Vec::new() };
-    let mut records: Vec<JobRecord> = entries
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| path.extension().is_some_and(|e| e == "json"))
-        .filter_map(|path| {
-            let read = std::fs::read(&path).map_err(|e| e.to_string());
-            match read.and_then(|b| serde_json::from_slice(&b).map_err(|e| e.to_string())) {
-                Ok(record) => Some(record),
-                Err(why) => {
-                    tracing::warn!(path = %path.display(), why, "job record cannot be read");
-                    None
-                }
-            }
-        })
-        .collect();
-    records.sort_by(|a, b| a.job.cmp(&b.job));
-    records
+    let paths = entries.flatten().map(|entry| entry.path());
+    let mut paths: Vec<_> = paths.filter(|p| p.extension().is_some_and(|e| e == "json")).collect();
+    paths.sort();
+    paths
+}
+
+/// One record; none where a power cut has left an empty file, before the run had done anything.
+fn read(path: &Path) -> Option<JobRecord> {
+    let bytes = std::fs::read(path).map_err(|e| e.to_string());
+    let parsed = bytes.and_then(|bytes| match bytes.as_slice() {
+        [] => Ok(None),
+        bytes => serde_json::from_slice(bytes).map(Some).map_err(|e| e.to_string()),
+    });
+    parsed.unwrap_or_else(|why| {
+        tracing::warn!(path = %path.display(), why, "job record cannot be read");
+        None
+    })
 }
 
 fn forget_old(state: &State) -> Outcome<()> {
-    let ended: Vec<_> = all(state).into_iter().filter(|r| r.status.is_final()).collect();
-    let surplus = ended.len().saturating_sub(RECORDS_KEPT_MAX);
-    for record in &ended[..surplus] {
-        let path = state.root().join("jobs").join(format!("{}.json", record.job));
-        std::fs::remove_file(&path)
-            .map_err(|e| Failure::failed(format!("remove {}", path.display()), e))?;
+    let paths = paths(state);
+    let surplus = paths.len().saturating_sub(RECORDS_KEPT_MAX);
+    for path in &paths[..surplus] {
+        if read(path).is_some_and(|record| record.status.is_final()) {
+            std::fs::remove_file(path)
+                .map_err(|e| Failure::failed(format!("remove {}", path.display()), e))?;
+        }
     }
     Ok(())
 }

@@ -53,6 +53,11 @@ impl LockKey {
         Self(Self::domain(uuid).0.replacen("domain-", "warden-", 1))
     }
 
+    /// Its name as a file's.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
     /// The guardian at work on a QMP socket.
     pub fn guardian(path: &Path) -> Self {
         Self(Self::file(path).0.replacen("file-", "guardian-", 1))

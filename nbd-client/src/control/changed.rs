@@ -5,8 +5,10 @@ use crate::error::{Cause, Error};
 use crate::export_info::{ContextId, is_dirty, reads_as_zero};
 use crate::extents::{self, Extent};
 
-/// Stretch of the disk whose dirty extents are held at once.
-const STRETCH_BYTES: u64 = 8 << 30;
+/// First stretch of the disk whose dirty extents are held at once.
+const STRETCH_BYTES_FIRST: u64 = 8 << 30;
+/// A stretch with fewer dirty extents than this is followed by one twice as long.
+const STRETCH_EXTENTS_FEW: usize = 1 << 12;
 /// Most dirty extents held at once (6 MiB); more end the stretch early.
 const STRETCH_EXTENTS_MAX: usize = 1 << 18;
 
@@ -43,10 +45,13 @@ impl Control {
         allocation: Option<ContextId>,
         mut receive: impl FnMut(Changed) -> Flow,
     ) -> Result<(), Error> {
-        let mut at = range.offset;
+        let (mut at, mut length) = (range.offset, STRETCH_BYTES_FIRST);
         while at < range.end() {
-            let stretch = Extent::new(at, STRETCH_BYTES.min(range.end() - at));
+            let stretch = Extent::new(at, length.min(range.end() - at));
             let (dirty, end) = self.dirty(stretch, bitmap).await?;
+            if dirty.len() < STRETCH_EXTENTS_FEW {
+                length = length.saturating_mul(2);
+            }
             if self.classify(&dirty, allocation, &mut receive).await?.is_break() {
                 return Ok(());
             }

@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use super::Control;
 use super::status_plan::{StatusPlan, WAITING_EXTENTS_MAX};
 use crate::error::{Cause, Error, SubmitError};
-use crate::export_info::ContextId;
+use crate::export_info::{ContextId, Dialect};
 use crate::extents::{self, Extent};
 
 /// What a receiver of extents says: go on, or that is enough.
@@ -15,6 +15,10 @@ pub type Flow = ControlFlow<()>;
 /// Most bytes that one request asks about. With 64 KiB granules an answer has 32,768 extents at
 /// most, so that eight of them may wait in memory.
 pub(super) const UNIT_BYTES: u64 = 2 << 30;
+/// A larger range is asked about in so many requests at most: on a disk of terabytes few extents
+/// are expected in 2 GiB, and each request costs. A server that has more to say than fits into
+/// one answer says it in several.
+const UNITS_MAX: u64 = 512;
 /// Ranges nearer than this are asked together: the answer for a gap is cheaper than a request.
 const GAP_BYTES: u64 = 1 << 20;
 
@@ -55,7 +59,13 @@ impl Control {
         }
         let granularity = u64::from(self.export().block.minimum);
         let near = extents::join_near(ranges.clone(), GAP_BYTES);
-        let units = extents::split(extents::align(near, granularity, size), UNIT_BYTES);
+        let asked: u64 = ranges.clone().map(|range| range.length).sum();
+        let unit = match self.session().dialect {
+            Dialect::Extended => UNIT_BYTES.max((asked / UNITS_MAX).next_power_of_two()),
+            // Lengths have 32 bits.
+            _ => UNIT_BYTES,
+        };
+        let units = extents::split(extents::align(near, granularity, size), unit);
         let mut plan = StatusPlan::new(units, WAITING_EXTENTS_MAX);
         let mut output = Output { ranges: ranges.peekable(), run: None, over: false, receive };
         let mut failed = None;

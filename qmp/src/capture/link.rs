@@ -9,8 +9,9 @@ use tokio::time::timeout;
 
 use super::agent_channel::AgentChannel;
 use super::call::Call;
-use super::observe::{Observed, SeenJob, seen_jobs};
+use super::observe::{Observed, QUERY_WAIT, SeenJob, seen_jobs};
 use crate::errors::QmpError;
+use crate::features::Features;
 use crate::freeze::{Frozen, Owed};
 use crate::monitor::Monitor;
 
@@ -25,6 +26,8 @@ pub const CONNECT_WAIT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Link {
     monitor: Monitor,
+    /// What the QEMU behind `monitor` can do, once that is known.
+    features: Option<Features>,
     agent: Channel,
     has_agent: bool,
 }
@@ -47,7 +50,22 @@ impl Link {
     pub async fn connect(monitor: &Path, agent: Option<&Path>) -> Result<Self, QmpError> {
         let monitor = Monitor::connect(monitor, CONNECT_WAIT).await?;
         let channel = AgentChannel::new(agent.map(Path::to_owned));
-        Ok(Self { monitor, agent: Channel::Here(channel), has_agent: agent.is_some() })
+        let (agent, has_agent) = (Channel::Here(channel), agent.is_some());
+        Ok(Self { monitor, features: None, agent, has_agent })
+    }
+
+    /// What this QEMU can do; asked once a connection.
+    pub async fn features(&mut self) -> Result<Features, QmpError> {
+        let features = match self.features.take() {
+            Some(known) => known,
+            None => Features::query(&self.monitor, QUERY_WAIT).await?,
+        };
+        Ok(self.features.insert(features).clone())
+    }
+
+    /// This very QEMU was asked before; of another version nothing is believed.
+    pub fn know(&mut self, features: Features) {
+        self.features = Some(features).filter(|known| known.version == self.monitor.version());
     }
 
     /// The monitor.
@@ -65,6 +83,8 @@ impl Link {
         if self.monitor.ended().is_some() {
             let path = self.monitor.path().to_owned();
             self.monitor = Monitor::connect(&path, CONNECT_WAIT).await?;
+            // It may be another QEMU now.
+            self.features = None;
         }
         Ok(())
     }

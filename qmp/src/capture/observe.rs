@@ -96,12 +96,15 @@ impl Observed {
     /// Asks QEMU. Nothing here waits for a drain.
     pub async fn query(monitor: &Monitor) -> Result<Self, QmpError> {
         let ask = |name, arguments| monitor.execute_raw(name, arguments, QUERY_WAIT);
-        let status = ask("query-status", Value::Null).await?;
-        let nodes = ask("query-named-block-nodes", json!({"flat": true})).await?;
-        let graph = ask("x-debug-query-block-graph", Value::Null).await?;
-        let block = ask("query-block", Value::Null).await?;
-        let exports = ask("query-block-exports", Value::Null).await?;
-        let jobs = ask("query-jobs", Value::Null).await?;
+        // All at once: QEMU answers one after the other, and nobody waits in between.
+        let (status, nodes, graph, block, exports, jobs) = tokio::try_join!(
+            ask("query-status", Value::Null),
+            ask("query-named-block-nodes", json!({"flat": true})),
+            ask("x-debug-query-block-graph", Value::Null),
+            ask("query-block", Value::Null),
+            ask("query-block-exports", Value::Null),
+            ask("query-jobs", Value::Null),
+        )?;
         let replies = Replies { status, nodes, graph, block, exports, jobs };
         replies.parse().map_err(|why| QmpError::Content { command: "queries".into(), why })
     }

@@ -18,14 +18,15 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::leash::send_fds;
 use super::protocol::{
-    Connect, ErrorKind, Expose, Exposed, GuardianError, Inspection, InstantPlan, InstantReport,
-    LINE_BYTES_MAX, Prepare, Prepared, Push, PushState, Released, Request, Restart, SwapAway,
-    ToGuardian, ToWorker, WritableDisk,
+    Connect, ErrorKind, Expose, Exposed, Greeted, GuardianError, Inspection, InstantPlan,
+    InstantReport, LINE_BYTES_MAX, Prepare, Prepared, Push, PushState, Released, Request, Restart,
+    SwapAway, ToGuardian, ToWorker, WritableDisk,
 };
 use super::spawn;
 use crate::capture::guest_io::DeviceIo;
 use crate::capture::names::DiskIndex;
 use crate::capture::plan::Base;
+use crate::features::Features;
 use crate::recover::Intents;
 
 /// Longest wait for an answer: a guardian that undoes a run on a QEMU that hangs gives up after
@@ -131,8 +132,18 @@ impl GuardianClient {
         &self,
         monitor: PathBuf,
         agent: Option<PathBuf>,
-    ) -> Result<(), GuardianError> {
+    ) -> Result<Greeted, GuardianError> {
         self.request(Request::Connect(Connect { monitor, agent })).await
+    }
+
+    /// What the connected QEMU can do, asked of it unless it is known already.
+    pub async fn features(&self) -> Result<Features, GuardianError> {
+        self.request(Request::Features).await
+    }
+
+    /// Spares the connected QEMU the question: this very process has answered it before.
+    pub async fn know(&self, features: Features) -> Result<(), GuardianError> {
+        self.request(Request::Know(features)).await
     }
 
     /// Looks at the QEMU without changing it.

@@ -9,7 +9,9 @@ use tokio::time::Instant;
 
 use super::leash::Leash;
 use super::probe::{Probe, ProbeCommand};
-use super::protocol::{Connect, ErrorKind, GuardianError, Inspection, Released, Request, SwapDisk};
+use super::protocol::{
+    Connect, ErrorKind, Greeted, GuardianError, Inspection, Released, Request, SwapDisk,
+};
 use super::watch::Live;
 use crate::bitmap::Granularity;
 use crate::capture::guest_io::{DeviceIo, guest_io};
@@ -123,6 +125,8 @@ impl Keeper {
         }
         match request {
             Request::Connect(to) => reply(self.connect(to).await),
+            Request::Features => reply(self.features().await),
+            Request::Know(features) => reply(self.know(features)),
             Request::Inspect => reply(self.inspect().await),
             Request::Prepare(prepare) => reply(self.prepare(prepare).await),
             Request::Instant(plan) => reply(self.instant(plan).await),
@@ -150,17 +154,30 @@ impl Keeper {
         Ok(guest_io(self.link()?.monitor()).await?)
     }
 
-    async fn connect(&mut self, to: Connect) -> Result<(), GuardianError> {
-        self.link = Some(Link::connect(&to.monitor, to.agent.as_deref()).await?);
+    async fn connect(&mut self, to: Connect) -> Result<Greeted, GuardianError> {
+        let link = Link::connect(&to.monitor, to.agent.as_deref()).await?;
+        let greeted = Greeted { version: link.monitor().version(), peer: link.monitor().peer() };
+        self.link = Some(link);
+        Ok(greeted)
+    }
+
+    async fn features(&mut self) -> Result<Features, GuardianError> {
+        Ok(self.link()?.features().await?)
+    }
+
+    fn know(&mut self, features: Features) -> Result<(), GuardianError> {
+        self.link()?.know(features);
         Ok(())
     }
 
     async fn inspect(&mut self) -> Result<Inspection, GuardianError> {
         let link = self.link()?;
-        let seen = link.observe().await?;
+        let features = link.features().await?;
+        let (seen, inventory) =
+            tokio::try_join!(link.observe(), inventory::inventory(link.monitor(), QUERY_WAIT))?;
         Ok(Inspection {
-            features: Features::query(link.monitor(), QUERY_WAIT).await?,
-            inventory: inventory::inventory(link.monitor(), QUERY_WAIT).await?,
+            features,
+            inventory,
             running: seen.state == RunState::Running,
             leftovers: seen.runs(),
             peer: link.monitor().peer(),
@@ -437,7 +454,8 @@ impl Keeper {
 fn allowed_after_cut(request: &Request) -> bool {
     matches!(
         request,
-        Request::Inspect
+        Request::Features
+            | Request::Inspect
             | Request::Retire(_)
             | Request::DropNew
             | Request::Abort

@@ -7,13 +7,17 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use tokio::process::{Child, Command};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::recover::ScratchHealth;
 
 /// Longest wait for a probe. Storage slower than this breaks the snapshot anyway
 /// (`cbw-timeout`), and what drains would halt the guest for as long.
 pub const PROBE_WAIT: Duration = Duration::from_secs(5);
+
+/// How long an answer of the storage counts: the rounds of undoing that follow each other at once.
+/// Storage that breaks down within a second hangs what drains whether it was asked or not.
+const FRESH: Duration = Duration::from_secs(1);
 
 /// Tells a process of ours that it is a probe, and of which directory.
 pub const PROBE_VARIABLE: &str = "ICECORE_GUARDIAN_PROBE";
@@ -36,16 +40,36 @@ pub struct Probe {
     command: ProbeCommand,
     /// One that did not come back, and ends with its storage's trouble.
     stuck: Option<Child>,
+    /// When a directory was last found to answer.
+    answered: Option<(Instant, PathBuf)>,
 }
 
 impl Probe {
     /// Nothing is run yet.
     pub fn new(command: ProbeCommand) -> Self {
-        Self { command, stuck: None }
+        Self { command, stuck: None, answered: None }
     }
 
-    /// Finds out about the storage of `directory`, within [`PROBE_WAIT`].
+    /// Believes no earlier answer.
+    pub fn forget(&mut self) {
+        self.answered = None;
+    }
+
+    /// Finds out about the storage of `directory`, within [`PROBE_WAIT`]. One that has answered
+    /// within [`FRESH`] is not asked again.
     pub async fn run(&mut self, directory: &Path) -> ScratchHealth {
+        let fresh = |(at, asked): &(Instant, PathBuf)| at.elapsed() < FRESH && asked == directory;
+        if self.answered.as_ref().is_some_and(fresh) {
+            return ScratchHealth::Answers;
+        }
+        let health = self.ask(directory).await;
+        if health == ScratchHealth::Answers {
+            self.answered = Some((Instant::now(), directory.to_owned()));
+        }
+        health
+    }
+
+    async fn ask(&mut self, directory: &Path) -> ScratchHealth {
         if let Some(stuck) = &mut self.stuck
             && matches!(stuck.try_wait(), Ok(None))
         {

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::capture::names::{DiskIndex, RunId};
 use crate::capture::plan::{Base, DiskPlan};
-use crate::features::Features;
+use crate::features::{Features, QemuVersion};
 use crate::inventory::{Disk, Inventory};
 use crate::recover::Intents;
 
@@ -43,6 +43,8 @@ pub struct ToWorker {
 #[allow(missing_docs)] // Each is documented where it is called.
 pub enum Request {
     Connect(Connect),
+    Features,
+    Know(Features),
     Inspect,
     Prepare(Prepare),
     Instant(InstantPlan),
@@ -79,6 +81,15 @@ pub struct Connect {
     pub monitor: PathBuf,
     /// Its guest agent's unix socket.
     pub agent: Option<PathBuf>,
+}
+
+/// Who answered on the monitor's socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Greeted {
+    /// The version in QEMU's greeting.
+    pub version: QemuVersion,
+    /// The process that listened on the monitor's socket, where the kernel tells.
+    pub peer: Option<i32>,
 }
 
 /// A capture to prepare.

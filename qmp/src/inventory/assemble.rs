@@ -1,11 +1,12 @@
 //! From answers to disks; pure.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 
 use serde_json::Value;
 
 use super::graph::{GraphView, is_filter, is_job_filter, is_ours};
-use super::observe::{Observed, controller_path, qom_path};
+use super::observe::{Observed, Properties, controller_path, qom_path};
+use super::order;
 use super::wire::{Backend, NamedNode};
 use super::{
     Disk, Excluded, Exclusion, Identity, Inventory, Layer, Refusal, StrayBitmap, Unprotected,
@@ -41,7 +42,7 @@ const DESCRIPTOR_PATHS: [&str; 3] = ["/dev/fdset/", "/dev/fd/", "/proc/self/fd/"
 pub fn assemble(observed: &Observed) -> Inventory {
     let view = GraphView::new(&observed.graph, &observed.nodes);
     let mut inventory = Inventory { unprotected: unprotected(observed), ..Inventory::default() };
-    for backend in &observed.backends {
+    for backend in order::by_address(observed) {
         match candidate(observed, backend) {
             Err(why) => {
                 let device = backend.qdev.as_deref().unwrap_or(&backend.device).to_owned();
@@ -72,8 +73,8 @@ struct Candidate<'a> {
     path: String,
     /// The node that `query-block` names.
     node: &'a str,
-    properties: &'a BTreeMap<String, Value>,
-    controller: Option<&'a BTreeMap<String, Value>>,
+    properties: &'a Properties,
+    controller: Option<&'a Properties>,
 }
 
 fn candidate<'a>(observed: &'a Observed, backend: &'a Backend) -> Result<Candidate<'a>, Exclusion> {
@@ -189,7 +190,7 @@ impl Candidate<'_> {
     }
 
     fn iothread(&self) -> Option<String> {
-        let of = |properties: &BTreeMap<String, Value>| {
+        let of = |properties: &Properties| {
             let mapped = properties.get("iothread-vq-mapping").and_then(|list| list.get(0));
             let mapped = mapped.and_then(|first| first.get("iothread")).and_then(Value::as_str);
             let path = mapped.or_else(|| text(properties, "iothread"))?;
@@ -233,7 +234,7 @@ fn layer(node: &NamedNode) -> Layer {
     Layer { node: node.name.clone(), driver: node.driver.clone(), file: node.file.clone() }
 }
 
-fn text<'a>(properties: &'a BTreeMap<String, Value>, name: &str) -> Option<&'a str> {
+fn text<'a>(properties: &'a Properties, name: &str) -> Option<&'a str> {
     properties.get(name).and_then(Value::as_str).filter(|text| !text.is_empty())
 }
 

@@ -5,6 +5,7 @@
 mod assemble;
 mod graph;
 mod observe;
+mod order;
 mod wire;
 
 use std::time::Duration;

@@ -24,6 +24,10 @@ const ROUND_PAUSE_FIRST: Duration = Duration::from_millis(5);
 /// See [`ROUND_PAUSE_FIRST`].
 const ROUND_PAUSE_LONGEST: Duration = Duration::from_secs(2);
 
+/// Rounds that follow each other at once as long as nothing failed: exports, graph, bitmaps, and the
+/// last look. More come only where QEMU needs time to end something.
+const ROUNDS_WITHOUT_PAUSE: u32 = 4;
+
 /// What undoing has to know beside what QEMU shows.
 #[derive(Debug, Clone, Default)]
 pub struct Hands {
@@ -53,12 +57,19 @@ pub async fn run(
 ) -> Report {
     let until = Instant::now() + patience;
     let mut pause = ROUND_PAUSE_FIRST;
+    let mut rushed = 0;
+    probe.forget();
     loop {
         let round = round(link, intents, hands, probe).await;
         match round {
             Round::Over(report) => return report,
             Round::Again(left) if Instant::now() >= until => {
                 return Report { left, qemu_gone: false };
+            }
+            // All was carried out; what is next is seen at once.
+            Round::Again(left) if left.is_empty() && rushed < ROUNDS_WITHOUT_PAUSE => {
+                rushed += 1;
+                continue;
             }
             Round::Again(_) => sleep(pause).await,
         }

@@ -111,6 +111,9 @@ impl DeltaWriter {
     }
 
     fn zero_region(&mut self, number: u32) -> Result<()> {
+        if self.parent.as_ref().is_some_and(|parent| parent.node(number) == ZERO_NODE) {
+            return Ok(());
+        }
         self.end_region()?;
         self.inherit_until(Some(number));
         self.writer.zero_region(number);
@@ -135,7 +138,18 @@ impl DeltaWriter {
         let Some(page) = region.page.take() else { return Ok(()) };
         let mut whole = region.slots.clone();
         if let (Some(parent), Some(inherited)) = (&mut self.parent, &region.inherited) {
-            parent.lay(inherited, page, &mut whole)?;
+            let mut below = empty_page();
+            parent.lay(inherited, page, &mut below)?;
+            for ((slot, whole), below) in region.slots.iter_mut().zip(&mut *whole).zip(&*below) {
+                // What is zero and was zero need not be said again.
+                if *slot == Some(Slot::Zero) && !matches!(below, Some(Slot::Data(..))) {
+                    *slot = None;
+                }
+                *whole = whole.or(*below);
+            }
+            if region.slots.iter().all(Option::is_none) {
+                return Ok(());
+            }
         }
         let leaf = leaf(&whole);
         self.writer.page(page, &region.slots, leaf)?;
@@ -150,7 +164,7 @@ impl DeltaWriter {
         let node = content::node(1, &region.leaves);
         self.tree.push(2, u64::from(region.number), &node);
         self.next_region = region.number + 1;
-        self.writer.end_region(region.number, node)
+        if self.writer.has_pages() { self.writer.end_region(region.number, node) } else { Ok(()) }
     }
 }
 

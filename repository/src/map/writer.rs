@@ -78,6 +78,11 @@ impl RunWriter {
         Ok(())
     }
 
+    /// True when the current region has a page.
+    pub(crate) fn has_pages(&self) -> bool {
+        !self.index.is_empty()
+    }
+
     /// Ends a region; `node` covers all its blocks, inherited ones too.
     pub(crate) fn end_region(&mut self, region: u32, node: NodeHash) -> Result<()> {
         let index = std::mem::take(&mut self.index);

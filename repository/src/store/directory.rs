@@ -126,7 +126,7 @@ impl Shared {
         })
     }
 
-    fn walk(&self, directory: &str, prefix: &str, found: &mut Vec<ObjectEntry>) -> io::Result<()> {
+    fn walk(&self, directory: &str, prefix: &str, found: &mut Vec<ObjectName>) -> io::Result<()> {
         let entries = match self.fs.entries(directory) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             entries => entries?,
@@ -141,20 +141,19 @@ impl Shared {
             if entry.is_directory {
                 self.walk(name.as_str(), prefix, found)?;
             } else if name.as_str().starts_with(prefix) {
-                self.add_entry(name, found)?;
+                found.push(name);
             }
         }
         Ok(())
     }
 
-    fn add_entry(&self, name: ObjectName, found: &mut Vec<ObjectEntry>) -> io::Result<()> {
+    fn entry(&self, name: ObjectName) -> Option<io::Result<ObjectEntry>> {
         match self.fs.file_bytes(name.as_str()) {
-            Ok(bytes) => found.push(ObjectEntry { name, bytes }),
+            Ok(bytes) => Some(Ok(ObjectEntry { name, bytes })),
             // Deleted since the directory was read.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => (),
-            Err(error) => return Err(error),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => Some(Err(error)),
         }
-        Ok(())
     }
 }
 
@@ -221,6 +220,13 @@ impl Store for DirectoryStore {
     }
 
     fn list(&self, prefix: &str) -> Result<Vec<ObjectEntry>, StoreError> {
+        let shared = &self.shared;
+        let entries = self.names(prefix)?.into_iter().filter_map(|name| shared.entry(name));
+        let entries: io::Result<Vec<_>> = entries.collect();
+        entries.map_err(|error| shared.failed("list", prefix, error))
+    }
+
+    fn names(&self, prefix: &str) -> Result<Vec<ObjectName>, StoreError> {
         let mut found = Vec::new();
         self.shared
             .walk(parent(prefix), prefix, &mut found)

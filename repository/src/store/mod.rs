@@ -177,6 +177,15 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// The device's error; a listing is never silently partial.
     fn list(&self, prefix: &str) -> Result<Vec<ObjectEntry>, StoreError>;
 
+    /// As [`list`](Self::list), the names alone: a store that has to ask for each length is spared
+    /// that.
+    ///
+    /// # Errors
+    /// As [`list`](Self::list).
+    fn names(&self, prefix: &str) -> Result<Vec<ObjectName>, StoreError> {
+        Ok(self.list(prefix)?.into_iter().map(|entry| entry.name).collect())
+    }
+
     /// Deletes objects, durably when it returns. A name that is already gone is no error.
     ///
     /// # Errors

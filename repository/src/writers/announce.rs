@@ -121,9 +121,9 @@ impl Coordination {
     /// Removes an announcement and its beats; a fence stays.
     pub(crate) fn forget_writer(&self, writer: &WriterId) -> Result<()> {
         let mut names = vec![writer_name(writer)?];
-        for entry in self.store.list(BEATS)? {
-            if entry.name.last_part().starts_with(&format!("{writer}.")) {
-                names.push(entry.name);
+        for name in self.store.names(BEATS)? {
+            if name.last_part().starts_with(&format!("{writer}.")) {
+                names.push(name);
             }
         }
         // The announcement goes last: as long as it is there, gc looks after the rest.

@@ -85,8 +85,8 @@ impl Coordination {
     }
 
     fn last_parts(&self, prefix: &str) -> Result<Vec<String>> {
-        let entries = self.store.list(prefix)?;
-        Ok(entries.iter().map(|entry| entry.name.last_part().to_owned()).collect())
+        let names = self.store.names(prefix)?;
+        Ok(names.iter().map(|name| name.last_part().to_owned()).collect())
     }
 
     /// Verifies one object of [`COORDINATION`]; those without content are what their names say.

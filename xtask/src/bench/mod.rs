@@ -19,6 +19,7 @@ mod measure;
 mod peers;
 mod random;
 mod restore;
+mod scale;
 mod server;
 mod table;
 mod text;
@@ -177,6 +178,9 @@ impl Bench {
         }
         if self.wants(guest::ROWS) {
             guest::rounds(self, rounds);
+        }
+        if self.wants(scale::rows()) {
+            scale::rounds(self, rounds);
         }
         if self.wants(map::ROWS)
             && let Some(mut wide) = map::Wide::new(self)

@@ -73,18 +73,26 @@ pub struct Vm {
 impl Vm {
     /// Starts it on a qcow2 image as disk `vda`; `dir` takes its sockets.
     pub fn start(image: &Path, dir: &Path) -> Result<Self> {
+        Self::start_on(&[image], dir)
+    }
+
+    /// Starts it on qcow2 images as disks `vda`, `vdb` and so on.
+    pub fn start_on(images: &[impl AsRef<Path>], dir: &Path) -> Result<Self> {
         let (qmp, lab) = (dir.join("qmp.sock"), dir.join("lab.sock"));
         let mut command = Command::new("qemu-system-x86_64");
         command.args(["-S", "-nodefaults", "-display", "none", "-m", "64"]);
         for socket in [&qmp, &lab] {
             command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
         }
-        let node = json!({
-            "driver": "qcow2", "node-name": "disk", "discard": "unmap",
-            "file": { "driver": "file", "filename": image, "discard": "unmap" },
-        });
-        command.arg("-blockdev").arg(node.to_string());
-        command.args(["-device", "virtio-blk-pci,drive=disk,id=vda"]);
+        for (image, letter) in images.iter().zip('a'..='z') {
+            let name = if letter == 'a' { "disk".to_owned() } else { format!("disk{letter}") };
+            let node = json!({
+                "driver": "qcow2", "node-name": name, "discard": "unmap",
+                "file": { "driver": "file", "filename": image.as_ref(), "discard": "unmap" },
+            });
+            command.arg("-blockdev").arg(node.to_string());
+            command.args(["-device", &format!("virtio-blk-pci,drive={name},id=vd{letter}")]);
+        }
         // There the monitor's `qemu-io` says of each write how long it took.
         let process = Background::spawn(command.stdout(Stdio::null()))?;
         wait_for(&lab)?;

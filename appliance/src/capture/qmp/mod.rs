@@ -1,5 +1,6 @@
 //! The capture of a running VM through its QMP socket, by way of the guardian.
 
+pub mod known;
 mod push;
 
 use std::ops::Range;
@@ -116,7 +117,7 @@ impl QmpCapture {
         failure(&self.settings.tried, error)
     }
 
-    /// What is about to be done is on disk before it is done.
+    /// What is about to be done is on record before it is done.
     fn record(&mut self) -> Outcome<()> {
         self.log.record(&self.intents)
     }
@@ -383,7 +384,7 @@ impl QmpCapture {
     /// Puts what is about to be done to a held guest on record.
     pub fn journal(&mut self, intents: Intents) -> Outcome<()> {
         self.intents = intents;
-        self.record()
+        self.log.record_durably(&self.intents)
     }
 }
 

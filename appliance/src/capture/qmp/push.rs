@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use icecore_nbd_client::Flow;
@@ -84,6 +85,9 @@ impl QmpCapture {
                 }
                 PushState::Running { .. } => {
                     self.settings.interrupt.check(&self.settings.tried)?;
+                    if self.settings.activity.stop.load(Ordering::Relaxed) {
+                        return Err(Failure::interrupted(&self.settings.tried));
+                    }
                     tokio::time::sleep(PUSH_POLL).await;
                 }
             }

@@ -1,5 +1,7 @@
 //! Assembling from hand-made answers: what the machines at hand cannot show.
 
+use std::collections::BTreeMap;
+
 use super::*;
 use proptest::prelude::*;
 use serde_json::json;
