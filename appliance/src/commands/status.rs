@@ -7,6 +7,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
 use super::quota::{self, QuotaRow};
+use super::schedule::known_vms;
 use crate::cli::OK;
 use crate::context::Context;
 use crate::failure::Outcome;
@@ -117,7 +118,8 @@ fn vms(
     let config = &context.config;
     let mut all: BTreeMap<String, VmStatus> = BTreeMap::new();
     let of_points = points.iter().map(|point| point.vm.to_string());
-    for vm in config.vm.keys().cloned().chain(of_points) {
+    let known = known_vms(config);
+    for vm in known.iter().cloned().chain(of_points) {
         all.entry(vm.clone()).or_insert_with(|| VmStatus { vm, ..VmStatus::default() });
     }
     for (name, status) in &mut all {
@@ -128,12 +130,12 @@ fn vms(
         status.last_point_at = last.map(|point| point.meta.captured_at);
         let age = |at: Timestamp| now.as_second() - at.as_second();
         status.last_point_age_seconds = status.last_point_at.map(age);
-        status.configured = config.vm.contains_key(name);
-        let known = std::slice::from_ref(name);
+        status.configured = known.contains(name);
+        let this = std::slice::from_ref(name);
         status.scheduled = config
             .schedule
             .values()
-            .any(|schedule| !crate::config::Config::vms_of(schedule, known).is_empty());
+            .any(|schedule| !crate::config::Config::vms_of(schedule, this).is_empty());
         let failed = |record: &&JobRecord| {
             let of_vm = record.vm.as_deref() == Some(name) && record.kind == JobKind::Backup;
             let later = status.last_point_at.is_none_or(|at| record.started_at > at);

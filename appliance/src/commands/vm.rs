@@ -7,6 +7,7 @@ use icecore_repository::{Point, Repository, VmName};
 use jiff::Timestamp;
 use serde::Serialize;
 
+use super::schedule::known_vms;
 use crate::capture::qmp::failure;
 use crate::cli::args::VmCommand;
 use crate::cli::{OK, VmArgs};
@@ -60,7 +61,8 @@ fn list(context: &Context, repo: Option<&str>) -> Outcome<u8> {
     }
     points.sort_by(|a, b| a.id.cmp(&b.id));
     let mut of_vm: BTreeMap<String, Vec<&Point>> = BTreeMap::new();
-    for name in context.config.vm.keys() {
+    let known = known_vms(&context.config);
+    for name in &known {
         of_vm.entry(name.clone()).or_default();
     }
     for known in hook::all(&context.state) {
@@ -70,7 +72,7 @@ fn list(context: &Context, repo: Option<&str>) -> Outcome<u8> {
         of_vm.entry(point.vm.to_string()).or_default().push(point);
     }
     let rows: Vec<VmRow> =
-        of_vm.into_iter().map(|(vm, points)| row(context, vm, &points)).collect();
+        of_vm.into_iter().map(|(vm, points)| row(context, &known, vm, &points)).collect();
     if context.json {
         output::json(&rows)?;
         return Ok(OK);
@@ -90,11 +92,11 @@ fn list(context: &Context, repo: Option<&str>) -> Outcome<u8> {
     Ok(OK)
 }
 
-fn row(context: &Context, vm: String, points: &[&Point]) -> VmRow {
+fn row(context: &Context, known: &[String], vm: String, points: &[&Point]) -> VmRow {
     let last = points.last();
     let at = last.map(|point| point.meta.captured_at);
     VmRow {
-        configured: context.config.vm.contains_key(&vm),
+        configured: known.contains(&vm),
         libvirt: hook::all(&context.state).into_iter().find(|known| known.name == vm),
         points: points.len(),
         last_point: last.map(|point| point.id.to_string()),
@@ -239,7 +241,7 @@ fn row_of(
         None => Vec::new(),
     };
     let of_vm: Vec<&Point> = points.iter().filter(|point| &point.vm == vm).collect();
-    Ok(row(context, vm.to_string(), &of_vm))
+    Ok(row(context, &known_vms(&context.config), vm.to_string(), &of_vm))
 }
 
 fn disk_of_qemu(disk: &icecore_qmp::inventory::Disk) -> DiskDetail {

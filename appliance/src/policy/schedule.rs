@@ -75,7 +75,8 @@ pub fn tick(config: &Config, vms: &[String], marks: &Marks, now: Timestamp) -> T
     for (name, schedule) in &config.schedule {
         let Some(plan) = Plan::of(schedule) else { continue };
         let before = marks.0.get(name);
-        let kept = tick.marks.0.entry(name.clone()).or_default();
+        // A VM that is not known now (its libvirt does not answer) is not new when it is back.
+        let kept = tick.marks.0.entry(name.clone()).or_insert(before.cloned().unwrap_or_default());
         for vm in Config::vms_of(schedule, vms) {
             let previous = before.and_then(|marks| marks.get(vm)).copied();
             let (step, mark) = plan.step(offset(name, vm, schedule.jitter), previous, now);

@@ -80,6 +80,29 @@ fn a_closed_window_makes_a_run_wait_or_leaves_it_out() {
 }
 
 #[test]
+fn a_vm_that_is_out_of_sight_keeps_its_mark_and_two_have_one_each() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("icecore.toml");
+    let text = "[repository.r]\nurl = '/r'\n[schedule.s]\ncalendar = '12:00'\nvms = ['*']\n\
+                repository = 'r'\ntimezone = 'UTC'\nlevel = 'full'\n";
+    std::fs::write(&path, text).unwrap();
+    let config = Config::load(Some(&path)).unwrap();
+    let at = |vms: &[&str], marks: &Marks, now: &str| {
+        let vms: Vec<String> = vms.iter().map(ToString::to_string).collect();
+        tick(&config, &vms, marks, now.parse().unwrap())
+    };
+    let first = at(&["a", "b"], &Marks::default(), "2026-11-20T00:00Z");
+    assert!(first.runs.is_empty() && first.missed.is_empty());
+    let without = at(&["b"], &first.marks, "2026-11-20T12:01Z");
+    assert_eq!(without.runs.len(), 1);
+    assert_eq!((&*without.runs[0].vm, without.runs[0].level), ("b", ScheduledLevel::Full));
+    let back = at(&["a", "b"], &without.marks, "2026-11-20T13:00Z");
+    assert_eq!(back.runs.iter().map(|run| &*run.vm).collect::<Vec<_>>(), ["a"]);
+    assert_eq!(back.missed.len(), 1);
+    assert!(back.missed[0].made_up && back.missed[0].vm == "a");
+}
+
+#[test]
 fn jitter_is_the_same_each_time_and_spreads() {
     let jitter = Duration::from_secs(900);
     let all: Vec<i64> = (0..50).map(|n| offset("s", &format!("vm{n}"), jitter).as_secs()).collect();
