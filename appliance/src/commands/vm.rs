@@ -17,7 +17,7 @@ use crate::hook::{self, Known};
 use crate::image;
 use crate::libvirt::checkpoint::{Checkpoint, CheckpointDisk, CheckpointName};
 use crate::libvirt::xml::DomainDisk;
-use crate::libvirt::{Domain, State, emulator};
+use crate::libvirt::{Domain, PoweredOff, State, emulator};
 use crate::names::human_bytes;
 use crate::output::{self, Rows, when};
 use crate::recovery;
@@ -169,10 +169,7 @@ async fn show(context: &Context, args: &VmArgs, repo: Option<&str>) -> Outcome<u
             row,
             running: false,
             qemu_version: None,
-            disks: images
-                .iter()
-                .map(|image| disk_of_image(image, &tried))
-                .collect::<Outcome<_>>()?,
+            disks: images.iter().map(disk_of_image).collect::<Outcome<_>>()?,
             unprotected: Vec::new(),
             leftovers: Vec::new(),
         },
@@ -259,8 +256,8 @@ fn disk_of_qemu(disk: &icecore_qmp::inventory::Disk) -> DiskDetail {
     }
 }
 
-fn disk_of_image(named: &crate::capture::image::Named, tried: &str) -> Outcome<DiskDetail> {
-    let format = image::of_file(&named.path).map_err(|e| Failure::failed(tried, e))?;
+fn disk_of_image(named: &crate::capture::image::Named) -> Outcome<DiskDetail> {
+    let format = named.format()?;
     let info = image::info(&named.path, format)?;
     let of = |b: &image::ImageBitmap| {
         let health = match (b.inconsistent(), b.recording()) {
@@ -379,8 +376,7 @@ async fn release(context: &Context, args: &VmArgs) -> Outcome<u8> {
 
 fn release_domain(domain: &Domain, tried: &str) -> Outcome<Vec<String>> {
     if domain.state().map_err(|e| e.failure(tried))? == State::ShutOff {
-        let why = "libvirt deletes checkpoints only while their domain runs";
-        return Err(Failure::refused(tried, why).next("start the domain first"));
+        return release_off(domain, tried);
     }
     let checkpoints = domain.our_checkpoints(false, tried)?;
     for checkpoint in &checkpoints {
@@ -389,10 +385,20 @@ fn release_domain(domain: &Domain, tried: &str) -> Outcome<Vec<String>> {
     Ok(checkpoints.into_iter().map(|checkpoint| checkpoint.name).collect())
 }
 
+/// libvirt deletes no checkpoint of a domain that is off: the bitmaps go from the images, and what it
+/// remembers of them.
+fn release_off(domain: &Domain, tried: &str) -> Outcome<Vec<String>> {
+    let removed = release_images(&PoweredOff::of(domain, tried)?.images, tried)?;
+    for checkpoint in domain.our_checkpoints(false, tried)? {
+        domain.forget_checkpoint(&checkpoint.name).map_err(|e| e.failure(tried))?;
+    }
+    Ok(removed)
+}
+
 fn release_images(images: &[crate::capture::image::Named], tried: &str) -> Outcome<Vec<String>> {
     let mut removed = Vec::new();
     for named in images {
-        let format = image::of_file(&named.path).map_err(|e| Failure::failed(tried, e))?;
+        let format = named.format()?;
         image::require_unlocked(&named.path, format, tried)?;
         for bitmap in image::info(&named.path, format)?.bitmaps {
             if is_ours(&bitmap.name) {
@@ -405,5 +411,5 @@ fn release_images(images: &[crate::capture::image::Named], tried: &str) -> Outco
 }
 
 fn is_ours(name: &str) -> bool {
-    name.parse::<BitmapName>().is_ok()
+    name.parse::<BitmapName>().is_ok() || name.parse::<CheckpointName>().is_ok()
 }

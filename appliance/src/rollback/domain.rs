@@ -11,7 +11,7 @@ use crate::failure::{Failure, Outcome};
 use crate::image::RunDir;
 use crate::libvirt::warden::WardenClient;
 use crate::libvirt::xml::Agent;
-use crate::libvirt::{Domain, PoweredOff, State};
+use crate::libvirt::{Domain, PoweredOff, State, xml};
 use crate::state::LibvirtRun;
 
 /// How long the agent may take to freeze; the rollback goes on without.
@@ -67,6 +67,7 @@ impl Rollback<'_> {
         if !domain.is_persistent().map_err(|e| e.failure(self.tried))? {
             return Err(refused("the domain is transient: it would be gone when it stops".into()));
         }
+        self.require_same_images(domain)?;
         let sizes = domain.capacities().map_err(|e| e.failure(self.tried))?;
         let fits = |disk: &&PointDisk| {
             let now = sizes.get(disk.disk.as_str());
@@ -82,6 +83,27 @@ impl Rollback<'_> {
                 disk.disk
             ))
             .next("choose disks with --disk, or allow it with --resize")),
+        }
+    }
+
+    /// What is rolled back is what the domain would start with: it has to be what it runs with.
+    fn require_same_images(&self, domain: &Domain) -> Outcome<()> {
+        let running = domain.describe(self.tried)?;
+        let text = domain.inactive_xml().map_err(|e| e.failure(self.tried))?;
+        let starting = xml::parse(&text).map_err(|e| Failure::failed(self.tried, e))?;
+        let differs = running.disks.iter().find(|disk| {
+            !starting.disks.iter().any(|one| one.target == disk.target && one.path == disk.path)
+        });
+        match differs {
+            None => Ok(()),
+            Some(disk) => {
+                let why = format!(
+                    "disk {} would be another image at the domain's next start than it is now",
+                    disk.target
+                );
+                Err(Failure::refused(self.tried, why)
+                    .next("make its definition agree with what runs ('virsh edit')"))
+            }
         }
     }
 
