@@ -8,7 +8,8 @@ use icecore_repository::{OpenOptions, Repository};
 use crate::cli::args::{Global, IoEngine};
 use crate::config::Config;
 use crate::failure::{Failure, Outcome};
-use crate::state::State;
+use crate::progress::Board;
+use crate::state::{JobId, State};
 
 /// The least `--memory` with which the pipeline moves at all.
 const MEMORY_MIN: u64 = 32 << 20;
@@ -25,6 +26,10 @@ pub struct Context {
     pub quiet: bool,
     pub engine: EngineChoice,
     pub memory: u64,
+    /// Where progress is shown to others.
+    pub board: Board,
+    /// The job that a daemon has started this process for.
+    pub assigned: Option<JobId>,
 }
 
 impl Context {
@@ -49,6 +54,8 @@ impl Context {
                 IoEngine::Threads => EngineChoice::Threads,
             },
             memory: global.memory,
+            board: Board::default(),
+            assigned: global.as_job.clone(),
         })
     }
 

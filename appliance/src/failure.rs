@@ -35,6 +35,8 @@ pub struct Failure {
     pub next: Option<String>,
     /// Something of the run may still be there: its journal is kept for the next start.
     pub unclean: bool,
+    /// The same may go well a little later: something was busy or did not answer.
+    pub transient: bool,
 }
 
 /// Result of everything in this package.
@@ -44,7 +46,7 @@ impl Failure {
     /// A failure with status 1.
     pub fn failed(tried: impl Into<String>, why: impl fmt::Display) -> Self {
         let (tried, why) = (tried.into(), why.to_string());
-        Self { status: Status::Failed, tried, why, next: None, unclean: false }
+        Self { status: Status::Failed, tried, why, next: None, unclean: false, transient: false }
     }
 
     /// Wrong usage or configuration, status 2.
@@ -88,6 +90,12 @@ impl Failure {
     /// Says that something of the run may still be there.
     pub fn unclean(mut self) -> Self {
         self.unclean = true;
+        self
+    }
+
+    /// Says that the same may go well a little later.
+    pub fn transient(mut self) -> Self {
+        self.transient = true;
         self
     }
 

@@ -2,10 +2,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::failure::{Failure, Outcome};
+
+/// How soon an interrupt is noticed by what does not look by itself.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Set when the user wants the command to end.
 #[derive(Debug, Clone)]
@@ -44,6 +48,29 @@ impl Interrupt {
     /// Whether it was asked to end.
     pub fn is_set(&self) -> bool {
         self.flag.load(Ordering::Relaxed)
+    }
+
+    /// Runs `work` in a thread of its own and leaves it behind when it is asked to end: only for
+    /// what may be cut off anywhere, in a process that ends right afterwards.
+    pub async fn race<T: Send + 'static>(
+        &self,
+        tried: &str,
+        work: impl FnOnce() -> Outcome<T> + Send + 'static,
+    ) -> Outcome<T> {
+        let (send, mut done) = tokio::sync::oneshot::channel();
+        std::thread::Builder::new()
+            .name("work".into())
+            // Nobody listens any more after an interrupt.
+            .spawn(move || drop(send.send(work())))
+            .map_err(|e| Failure::failed(tried, e))?;
+        loop {
+            tokio::select! {
+                ended = &mut done => {
+                    return ended.unwrap_or_else(|_| Err(Failure::failed(tried, "it panicked")));
+                }
+                () = tokio::time::sleep(LOOK_INTERVAL) => self.check(tried)?,
+            }
+        }
     }
 
     /// An error once it was asked to end.

@@ -1,13 +1,15 @@
 //! A run: its record, its locks, and their end.
 
 use jiff::Timestamp;
+use serde::Serialize;
+use serde_json::Value;
 
 use crate::context::Context;
 use crate::data::Activity;
 use crate::failure::{Failure, Outcome};
-use crate::state::intents;
 use crate::state::locks::{Lock, LockKey};
-use crate::state::{JobId, JobKind, JobRecord, JobStatus};
+use crate::state::process::Process;
+use crate::state::{JobId, JobKind, JobRecord, JobStatus, intents, jobs};
 
 /// A run under way. Its record tells others of it; its locks keep others away.
 #[derive(Debug)]
@@ -27,13 +29,21 @@ impl Job {
         tried: &str,
     ) -> Outcome<Self> {
         let now = Timestamp::now();
-        let id = JobId::new(now)?;
+        let id = match &context.assigned {
+            Some(assigned) => assigned.clone(),
+            None => JobId::new(now)?,
+        };
         let own = LockKey::job(&id);
         let mut locks = Vec::with_capacity(keys.len() + 1);
         for key in keys.iter().chain([&own]) {
             locks.push(Lock::take(&context.state, key, &id, tried)?);
         }
-        let record = JobRecord::new(id, kind, repository, now);
+        let mut record = JobRecord::new(id, kind, repository, now);
+        if context.assigned.is_some() {
+            record.order = jobs::one(&context.state, &record.job)?.and_then(|queued| queued.order);
+        }
+        record.worker = Process::this();
+        context.board.follow(&context.state, &record.job);
         Ok(Self { record, activity: Activity::default(), _locks: locks })
     }
 
@@ -70,18 +80,45 @@ impl Job {
 
     /// Ends the run with its outcome. A record that cannot be written any more does not hide it.
     /// A run of which something may be left stays unfinished: the next start deals with it.
-    pub fn end<T>(mut self, context: &Context, outcome: Outcome<T>) -> Outcome<T> {
+    pub fn end<T: Serialize>(self, context: &Context, outcome: Outcome<T>) -> Outcome<T> {
         if outcome.as_ref().is_err_and(|failure| failure.unclean) {
             return outcome;
         }
-        let failure: Option<&Failure> = outcome.as_ref().err();
-        if let Err(also) = self.record.end(&context.state, Timestamp::now(), failure) {
+        let result = outcome.as_ref().ok().and_then(|report| serde_json::to_value(report).ok());
+        self.finish(context, result, outcome.as_ref().err());
+        outcome
+    }
+
+    /// Ends a run whose report says that it failed.
+    pub fn end_damaged(self, context: &Context, report: &impl Serialize, failure: &Failure) {
+        self.finish(context, serde_json::to_value(report).ok(), Some(failure));
+    }
+
+    fn finish(mut self, context: &Context, result: Option<Value>, failure: Option<&Failure>) {
+        context.board.close();
+        if let Err(also) = self.record.end(&context.state, Timestamp::now(), result, failure) {
             tracing::warn!("the job record was not written: {also}");
         }
         if let Err(also) = intents::forget(&context.state, &self.record.job) {
             tracing::warn!("{also}");
         }
         Lock::forget(&context.state, &LockKey::job(&self.record.job));
-        outcome
     }
+}
+
+/// Ends the record of the job that a daemon has started this process for, where the process failed
+/// before it had begun the job: nobody else knows why.
+pub fn end_assigned(context: &Context, failure: &Failure) {
+    let Some(id) = &context.assigned else { return };
+    let lock = Lock::take(&context.state, &LockKey::job(id), id, "end the job");
+    // Whoever holds the lock is at work on this job and writes its record.
+    let Ok(_lock) = lock else { return };
+    let Ok(Some(mut record)) = jobs::one(&context.state, id) else { return };
+    if record.status != JobStatus::Queued {
+        return;
+    }
+    if let Err(also) = record.end(&context.state, Timestamp::now(), None, Some(failure)) {
+        tracing::warn!("the job record was not written: {also}");
+    }
+    Lock::forget(&context.state, &LockKey::job(id));
 }

@@ -19,6 +19,7 @@ mod hook;
 mod image;
 mod interrupt;
 mod job;
+mod job_view;
 mod libvirt;
 mod names;
 mod nbd;

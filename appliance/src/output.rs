@@ -63,9 +63,11 @@ pub fn printable(text: &str) -> String {
 
 fn coloured(text: String) -> Cell {
     let colour = match text.as_str() {
-        "available" | "ok" => Some(Color::Green),
-        "error" | "damaged" | "inconsistent" => Some(Color::Red),
-        "creating" | "captured" | "restoring" | "deleting" => Some(Color::Yellow),
+        "available" | "ok" | "succeeded" => Some(Color::Green),
+        "error" | "failed" | "interrupted" | "damaged" | "inconsistent" => Some(Color::Red),
+        "creating" | "captured" | "restoring" | "deleting" | "queued" | "running" => {
+            Some(Color::Yellow)
+        }
         _ => None,
     };
     match colour {

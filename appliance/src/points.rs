@@ -73,7 +73,9 @@ pub fn rows(
 pub fn uncommitted(context: &Context, repository_id: Option<&str>) -> Vec<PointRow> {
     jobs::all(&context.state)
         .into_iter()
-        .filter(|record| record.kind == JobKind::Backup && record.status != JobStatus::Available)
+        .filter(|record| record.kind == JobKind::Backup)
+        // Before its process has begun there is nothing that could become a point.
+        .filter(|record| !matches!(record.status, JobStatus::Available | JobStatus::Queued))
         .filter(|record| repository_id.is_none_or(|id| record.repository_id.as_deref() == Some(id)))
         .map(|record| row_of_job(context, record))
         .collect()

@@ -20,7 +20,7 @@ use crate::libvirt::{Domain, Virsh, recover};
 use crate::points::is_alive;
 use crate::state::LibvirtRun;
 use crate::state::intents;
-use crate::state::jobs::{self, JobKind, JobRecord, JobStatus};
+use crate::state::jobs::{self, JobKind, JobRecord, JobState, JobStatus};
 use crate::state::locks::{Lock, LockKey};
 
 /// How long a repository may take to say whether it holds a point.
@@ -38,7 +38,8 @@ pub struct Recovered {
 /// Runs whose process is gone and that were never ended.
 pub fn dead_runs(context: &Context) -> Vec<JobRecord> {
     let records = jobs::all(&context.state).into_iter();
-    records.filter(|record| !record.status.is_final() && !is_alive(context, record)).collect()
+    let begun = records.filter(|record| record.status != JobStatus::Queued);
+    begun.filter(|record| !record.status.is_final() && !is_alive(context, record)).collect()
 }
 
 /// Deals with every dead run. One that cannot be dealt with now (its QEMU hangs) stays for the next
@@ -98,9 +99,11 @@ async fn recover(
     let backup = record.kind == JobKind::Backup;
     let committed = backup && commit_state(context, &record).await == CommitState::Committed;
     record.status = if committed { JobStatus::Available } else { JobStatus::Error };
+    record.ended = Some(if committed { JobState::Succeeded } else { JobState::Interrupted });
     record.failure_reason = if committed { None } else { Some(reason(writing)) };
     record.ended_at = Some(Timestamp::now());
     record.save(&context.state)?;
+    jobs::forget_progress(&context.state, &record.job);
     intents::forget(&context.state, &record.job)?;
     Lock::forget(&context.state, &LockKey::job(&record.job));
     let what = match (committed, writing) {

@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use super::VmArgs;
 use crate::names;
 use crate::policy::retention::Keep;
+use crate::state::JobId;
 
 /// Point-in-time backup and rollback of QEMU/KVM guests
 #[derive(Debug, Parser)]
@@ -49,6 +50,9 @@ pub struct Global {
     #[arg(long, global = true, value_parser = names::size, default_value = "256M")]
     #[arg(value_name = "SIZE", help_heading = "Global options")]
     pub memory: u64,
+    /// The job that this process is the worker of (set by the daemon)
+    #[arg(long, global = true, hide = true, value_name = "ID")]
+    pub as_job: Option<JobId>,
     /// Say more on stderr (repeat for more)
     #[arg(long, short, global = true, action = clap::ArgAction::Count)]
     #[arg(help_heading = "Global options")]
@@ -767,6 +771,21 @@ pub enum JobCommand {
     Show {
         /// The job's id
         job: String,
+    },
+    /// Follow a run to its end, and exit as it does
+    #[command(after_help = "Example:\n  icecore job watch JOB")]
+    Watch {
+        /// The job's id
+        job: String,
+    },
+    /// Ask a run to end and to undo what it began
+    #[command(after_help = "Example:\n  icecore job cancel JOB")]
+    Cancel {
+        /// The job's id
+        job: String,
+        /// Kill its process; what it leaves is undone by the next start of any command
+        #[arg(long)]
+        force: bool,
     },
 }
 

@@ -17,7 +17,7 @@ use crate::failure::{Failure, Outcome, Status};
 use crate::interrupt::survive_file_size_limit;
 use crate::policy::notify::{self, Event};
 use crate::state::State;
-use crate::{commands, guardian_process, hook};
+use crate::{commands, guardian_process, hook, job};
 use args::{Cli, Command, HookCommand};
 
 /// Reads the command line, runs the command and turns its outcome into an exit status.
@@ -56,15 +56,19 @@ fn run_command(cli: Cli) -> Outcome<u8> {
         .enable_all()
         .build()
         .map_err(|e| Failure::failed("start icecore", e))?;
-    runtime.block_on(async {
+    let outcome = runtime.block_on(async {
         survive_file_size_limit()?;
-        let job = cli.command.job();
+        let job = cli.command.job().filter(|_| !context.through_daemon);
         let outcome = dispatch(&context, cli.command).await;
         if let Some(vm) = job {
             tell(&context, vm.as_deref(), &outcome);
         }
         outcome
-    })
+    });
+    if let Err(failure) = &outcome {
+        job::end_assigned(&context, failure);
+    }
+    outcome
 }
 
 /// Tells those whom the configuration names of a job that failed.
@@ -96,12 +100,12 @@ async fn dispatch(context: &Context, command: Command) -> Outcome<u8> {
         Command::Point(command) => commands::point::run(context, command),
         Command::Chain(command) => commands::chain::run(context, command),
         Command::Diff(args) => commands::diff::run(context, args),
-        Command::Check(args) => commands::check::run(context, args),
-        Command::Gc(args) => commands::gc::run(context, args),
+        Command::Check(args) => commands::check::run(context, args).await,
+        Command::Gc(args) => commands::gc::run(context, args).await,
         Command::Catalog(command) => commands::repo::catalog(context, command),
         Command::Vm(command) => commands::vm::run(context, command).await,
         Command::Hook(command) => commands::hook::run(context, command),
-        Command::Job(command) => commands::job::run(context, command),
+        Command::Job(command) => commands::job::run(context, command).await,
         Command::Doctor(args) => commands::doctor::run(context, args).await,
         Command::Completions(args) => commands::generate::completions(args),
         Command::Man(args) => commands::generate::man(&args.dir),

@@ -38,19 +38,20 @@ pub async fn run(context: &Context, args: BackupArgs) -> Outcome<u8> {
     let interrupt = Interrupt::listen()?;
     let named = context.repository_name(&args.repo.repo)?;
     let mut job = Job::begin(context, JobKind::Backup, &named, &vm.lock_keys(), &tried)?;
+    job.record.vm = Some(vm.name.to_string());
     // Before anything else: a guest may be waiting for it.
     recovery::recover_all(context, vm.qmp()).await;
     let repository = match context.open(&args.repo.repo) {
         Ok(repository) => repository,
-        Err(failure) => return job.end(context, Err(failure)),
+        Err(failure) => return job.end(context, Err::<u8, _>(failure)),
     };
     if !args.dry_run {
         request.stored_limit = match of_backup(context, &repository, vm.name.as_str(), &tried) {
             Ok(limit) => limit,
-            Err(failure) => return job.end(context, Err(failure)),
+            Err(failure) => return job.end(context, Err::<u8, _>(failure)),
         };
     }
-    fill_record(&mut job, &vm, &request, &repository);
+    fill_record(&mut job, &request, &repository);
     job.note(context)?;
     let run = Run {
         context,
@@ -292,9 +293,8 @@ fn freeze(args: &BackupArgs, has_agent: bool, tried: &str) -> Outcome<Freeze> {
     }
 }
 
-fn fill_record(job: &mut Job, vm: &Vm, request: &Request, repository: &Repository) {
+fn fill_record(job: &mut Job, request: &Request, repository: &Repository) {
     let record = &mut job.record;
-    record.vm = Some(vm.name.to_string());
     record.repository_id = Some(repository.id().to_string());
     record.label.clone_from(&request.label);
     record.description.clone_from(&request.description);

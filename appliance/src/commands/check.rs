@@ -3,24 +3,49 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use icecore_repository::CheckOptions;
+use icecore_repository::{CheckOptions, CheckReport};
 
 use super::point::find;
 use crate::cli::args::CheckArgs;
 use crate::cli::{DAMAGED, OK};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
+use crate::interrupt::Interrupt;
+use crate::job::Job;
 use crate::output::{self, Rows};
 use crate::progress::{Meter, Progress};
+use crate::state::JobKind;
 
 /// Runs `icecore check`.
-pub fn run(context: &Context, args: CheckArgs) -> Outcome<u8> {
+pub async fn run(context: &Context, args: CheckArgs) -> Outcome<u8> {
     let tried = format!("check the repository {}", args.repo.repo);
+    let interrupt = Interrupt::listen()?;
+    let named = context.repository_name(&args.repo.repo)?;
+    let mut job = Job::begin(context, JobKind::Check, &named, &[], &tried)?;
+    job.record.point.clone_from(&args.point);
+    job.save(context)?;
+    let report = match check(context, &args, &interrupt, &tried).await {
+        Ok(report) if !report.ok => {
+            let why = format!("{} objects are damaged", report.errors.len());
+            job.end_damaged(context, &report, &Failure::damaged(&tried, why));
+            report
+        }
+        outcome => job.end(context, outcome)?,
+    };
+    print(context, &report)
+}
+
+async fn check(
+    context: &Context,
+    args: &CheckArgs,
+    interrupt: &Interrupt,
+    tried: &str,
+) -> Outcome<CheckReport> {
     // Writable where that is possible: packs found damaged are marked, so that the next point
     // builds nothing on them.
     let repository = context.open(&args.repo.repo)?;
     let point = match &args.point {
-        Some(spec) => Some(find(&repository, spec, None, &tried)?.id),
+        Some(spec) => Some(find(&repository, spec, None, tried)?.id),
         None => None,
     };
     let options = CheckOptions { read_data: args.read_data, sample: args.sample, point };
@@ -28,14 +53,20 @@ pub fn run(context: &Context, args: CheckArgs) -> Outcome<u8> {
     let stored = repository.info().map_or(0, |info| info.stored_bytes);
     let total = if args.read_data { stored } else { 0 };
     let meter = Meter::new(total, Arc::clone(&counted));
-    let progress = Progress::show("checking".into(), meter, context.quiet);
-    let report = repository
-        .check(&options, |now| counted.read_bytes.store(now.bytes_read, Ordering::Relaxed))
-        .map_err(|e| Failure::from_repository(&tried, e))?;
-    drop(progress);
+    let _shown = Progress::show("checking".into(), meter, context);
+    let about = tried.to_owned();
+    let work = move || {
+        repository
+            .check(&options, |now| counted.read_bytes.store(now.bytes_read, Ordering::Relaxed))
+            .map_err(|e| Failure::from_repository(&about, e))
+    };
+    interrupt.race(tried, work).await
+}
+
+fn print(context: &Context, report: &CheckReport) -> Outcome<u8> {
     let status = if report.ok { OK } else { DAMAGED };
     if context.json {
-        output::json(&report)?;
+        output::json(report)?;
         return Ok(status);
     }
     if report.ok {

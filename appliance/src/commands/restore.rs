@@ -58,17 +58,9 @@ pub async fn run(context: &Context, args: RestoreArgs) -> Outcome<u8> {
         job: &mut job,
     };
     let outcome = all(&mut restore, &disks, &targets, &tried).await;
-    let id = job.id().to_string();
-    let restored = job.end(context, outcome)?;
-    print(
-        context,
-        RestoreReport {
-            point: point.id.to_string(),
-            vm: point.vm.to_string(),
-            job: id,
-            disks: restored,
-        },
-    )?;
+    let (id, vm, point) = (job.id().to_string(), point.vm.to_string(), point.id.to_string());
+    let outcome = outcome.map(|disks| RestoreReport { point, vm, job: id, disks });
+    print(context, job.end(context, outcome)?)?;
     Ok(OK)
 }
 

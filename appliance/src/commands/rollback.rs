@@ -50,6 +50,7 @@ pub async fn run(context: &Context, args: RollbackArgs) -> Outcome<u8> {
     let interrupt = Interrupt::listen()?;
     let named = context.repository_name(&args.repo.repo)?;
     let mut job = Job::begin(context, JobKind::Rollback, &named, &vm.lock_keys(), &tried)?;
+    job.record.vm = Some(vm.name.to_string());
     // Before anything else: a guest may be waiting for it.
     recovery::recover_all(context, vm.qmp()).await;
     let found = context.open(&args.repo.repo).and_then(|repository| {
@@ -58,9 +59,8 @@ pub async fn run(context: &Context, args: RollbackArgs) -> Outcome<u8> {
     });
     let (repository, point) = match found {
         Ok(found) => found,
-        Err(failure) => return job.end(context, Err(failure)),
+        Err(failure) => return job.end(context, Err::<u8, _>(failure)),
     };
-    job.record.vm = Some(vm.name.to_string());
     job.record.repository_id = Some(repository.id().to_string());
     job.record.point = Some(point.id.to_string());
     job.save(context)?;
@@ -75,22 +75,28 @@ pub async fn run(context: &Context, args: RollbackArgs) -> Outcome<u8> {
         &tried,
     )
     .await;
+    let outcome = match outcome {
+        Ok(done) if !command.is_empty() => restarted(done, command, &tried).await,
+        other => other,
+    };
     let id = job.id().to_string();
+    let (point, name, dry_run) = (point.id.to_string(), vm.name.to_string(), args.dry_run);
+    let seconds = started.elapsed().as_secs_f64();
+    let outcome =
+        outcome.map(|done| RollbackReport { point, vm: name, job: id, done, dry_run, seconds });
     let unclean = outcome.as_ref().is_err_and(|failure| failure.unclean);
     let ended = job.end(context, outcome);
     if unclean {
         // In place of a guardian that died; one that still tries is left to it.
         recovery::recover_all(context, None).await;
     }
-    let mut done = ended?;
-    if !command.is_empty() {
-        restart(command, &tried).await?;
-        done.vm_restarted = true;
-    }
-    let seconds = started.elapsed().as_secs_f64();
-    let (point, vm, dry_run) = (point.id.to_string(), vm.name.to_string(), args.dry_run);
-    print(context, RollbackReport { point, vm, job: id, done, dry_run, seconds })?;
+    print(context, ended?)?;
     Ok(OK)
+}
+
+async fn restarted(done: RolledBack, command: &[String], tried: &str) -> Outcome<RolledBack> {
+    restart(command, tried).await?;
+    Ok(RolledBack { vm_restarted: true, ..done })
 }
 
 /// Starts the VM as the configuration says.

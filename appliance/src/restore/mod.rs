@@ -169,7 +169,7 @@ impl Restore<'_> {
             meter = meter.with_read_back();
         }
         let _shown =
-            Progress::show(format!("restoring {}", self.point.vm), meter, self.context.quiet);
+            Progress::show(format!("restoring {}", self.point.vm), meter, self.context);
         let (hasher, verify) = (self.repository.hasher(), self.verify);
         data::blocking(move || {
             icecore_io_engine::restore(&reader, hasher, &mut set, state, None, verify, &options)

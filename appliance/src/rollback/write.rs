@@ -43,7 +43,7 @@ impl Rollback<'_> {
         let activity = self.job.activity();
         options.control.pulse = activity.pulse.clone();
         let meter = Meter::new(to_write, options.control.progress.clone()).with_read_back();
-        let _shown = Progress::show(format!("rolling back {disk}"), meter, self.context.quiet);
+        let _shown = Progress::show(format!("rolling back {disk}"), meter, self.context);
         let (hasher, full) = (self.repository.hasher(), self.request.verify_full);
         let samples = samples(wanted.size_bytes().div_ceil(block), &tried)?;
         let written_bytes = data::watched(&activity, move || {

@@ -105,7 +105,8 @@ impl Lock {
                         tried,
                         "the guardian of an earlier run is still at work on this VM",
                     )
-                    .next("look at the VM with 'icecore doctor'; its QEMU may hang"));
+                    .next("look at the VM with 'icecore doctor'; its QEMU may hang")
+                    .transient());
                 }
                 Err(e) => return Err(Failure::failed(tried, e)),
             }
@@ -157,4 +158,5 @@ fn busy(file: &mut File, tried: &str) -> Failure {
     let _ = file.read_to_string(&mut holder);
     Failure::refused(tried, format!("job {holder} is at work on it"))
         .next(format!("wait for it, or see 'icecore job show {holder}'"))
+        .transient()
 }

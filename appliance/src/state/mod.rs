@@ -4,6 +4,8 @@
 //! STATE/locks/KEY         flock'ed by a run for as long as it lasts; holds its job id
 //! STATE/jobs/JOB.json     the job record, replaced whole
 //! STATE/jobs/JOB.intents  one JSON line a step, durable before the step is taken
+//! STATE/jobs/JOB.progress how far a run is; replaced, never durable
+//! STATE/jobs/JOB.log      what a daemon's worker said on stderr
 //! STATE/scratch/JOB/      scratch images of a run
 //! STATE/schedule/         which moments of schedules were dealt with
 //! STATE/cache/            disposable
@@ -16,12 +18,13 @@ pub mod intents;
 pub mod jobs;
 pub mod locks;
 pub mod marks;
+pub mod process;
 
 use std::path::{Path, PathBuf};
 
 pub use durable::{replace_file, sync_parent};
 pub use intents::IntentLog;
-pub use jobs::{JobId, JobKind, JobRecord, JobStatus, LibvirtRun};
+pub use jobs::{JobId, JobKind, JobRecord, JobState, JobStatus, LibvirtRun};
 
 use crate::failure::{Failure, Outcome};
 
