@@ -28,6 +28,10 @@ pub struct Context {
     pub memory: u64,
     /// Where progress is shown to others.
     pub board: Board,
+    /// Whether the daemon of this host does the work.
+    pub through_daemon: bool,
+    /// Whether only the job's id is waited for.
+    pub detach: bool,
     /// The job that a daemon has started this process for.
     pub assigned: Option<JobId>,
 }
@@ -55,6 +59,8 @@ impl Context {
             },
             memory: global.memory,
             board: Board::default(),
+            through_daemon: global.daemon,
+            detach: global.detach,
             assigned: global.as_job.clone(),
         })
     }

@@ -22,6 +22,18 @@ pub enum Status {
     Interrupted = 130,
 }
 
+/// What a program may want to know of a failure beside its status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Nature {
+    Plain,
+    /// The same may go well a little later: something was busy or did not answer.
+    Transient,
+    /// What was named does not exist.
+    Missing,
+    /// Not for this caller.
+    Forbidden,
+}
+
 /// A failure on its way to the user.
 #[derive(Debug)]
 pub struct Failure {
@@ -35,8 +47,8 @@ pub struct Failure {
     pub next: Option<String>,
     /// Something of the run may still be there: its journal is kept for the next start.
     pub unclean: bool,
-    /// The same may go well a little later: something was busy or did not answer.
-    pub transient: bool,
+    /// What kind of failure it is beside its status.
+    pub nature: Nature,
 }
 
 /// Result of everything in this package.
@@ -46,12 +58,29 @@ impl Failure {
     /// A failure with status 1.
     pub fn failed(tried: impl Into<String>, why: impl fmt::Display) -> Self {
         let (tried, why) = (tried.into(), why.to_string());
-        Self { status: Status::Failed, tried, why, next: None, unclean: false, transient: false }
+        Self {
+            status: Status::Failed,
+            tried,
+            why,
+            next: None,
+            unclean: false,
+            nature: Nature::Plain,
+        }
     }
 
     /// Wrong usage or configuration, status 2.
     pub fn usage(tried: impl Into<String>, why: impl fmt::Display) -> Self {
         Self { status: Status::Usage, ..Self::failed(tried, why) }
+    }
+
+    /// What was named does not exist, status 2.
+    pub fn missing(tried: impl Into<String>, why: impl fmt::Display) -> Self {
+        Self { nature: Nature::Missing, ..Self::usage(tried, why) }
+    }
+
+    /// Not for this caller, status 3.
+    pub fn forbidden(tried: impl Into<String>, why: impl fmt::Display) -> Self {
+        Self { nature: Nature::Forbidden, ..Self::refused(tried, why) }
     }
 
     /// Refused before anything was changed, status 3.
@@ -84,7 +113,11 @@ impl Failure {
             | RepositoryError::Geometry(_) => Status::Usage,
             _ => Status::Failed,
         };
-        Self { status, ..Self::failed(tried, error) }
+        let nature = match &error {
+            RepositoryError::NotFound { .. } => Nature::Missing,
+            _ => Nature::Plain,
+        };
+        Self { status, nature, ..Self::failed(tried, error) }
     }
 
     /// Says that something of the run may still be there.
@@ -95,7 +128,7 @@ impl Failure {
 
     /// Says that the same may go well a little later.
     pub fn transient(mut self) -> Self {
-        self.transient = true;
+        self.nature = Nature::Transient;
         self
     }
 

@@ -7,6 +7,7 @@ use serde_json::Value;
 use crate::context::Context;
 use crate::data::Activity;
 use crate::failure::{Failure, Outcome};
+use crate::state::jobs::Order;
 use crate::state::locks::{Lock, LockKey};
 use crate::state::process::Process;
 use crate::state::{JobId, JobKind, JobRecord, JobStatus, intents, jobs};
@@ -40,7 +41,7 @@ impl Job {
         }
         let mut record = JobRecord::new(id, kind, repository, now);
         if context.assigned.is_some() {
-            record.order = jobs::one(&context.state, &record.job)?.and_then(|queued| queued.order);
+            record.order = order_of(context, &record.job, tried)?;
         }
         record.worker = Process::this();
         context.board.follow(&context.state, &record.job);
@@ -103,6 +104,15 @@ impl Job {
             tracing::warn!("{also}");
         }
         Lock::forget(&context.state, &LockKey::job(&self.record.job));
+    }
+}
+
+/// The daemon's part of the record of a job that begins. The job's lock is held: from here on
+/// nobody cancels it any more but through its process.
+fn order_of(context: &Context, job: &JobId, tried: &str) -> Outcome<Option<Order>> {
+    match jobs::one(&context.state, job)? {
+        Some(queued) if queued.status == JobStatus::Queued => Ok(queued.order),
+        _ => Err(Failure::refused(tried, format!("job {job} does not wait to be begun"))),
     }
 }
 

@@ -30,7 +30,7 @@ pub struct JobView {
 
 impl JobView {
     /// The view of a record.
-    pub fn of(state: &State, record: JobRecord) -> Self {
+    pub fn of(state: &State, mut record: JobRecord) -> Self {
         let alive = || !is_free(state, &LockKey::job(&record.job));
         let open = !record.status.is_final();
         let standing = record.state(open && alive());
@@ -38,6 +38,10 @@ impl JobView {
             JobState::Running => progress::of_job(state, &record.job),
             _ => None,
         };
+        if standing == JobState::Interrupted && record.failure_reason.is_none() {
+            let why = "its process is gone; the next start of any command undoes what it left";
+            record.failure_reason = Some(why.into());
+        }
         Self { record, state: standing, progress }
     }
 
@@ -54,7 +58,8 @@ impl JobView {
 
 /// One job of this host.
 pub fn find(state: &State, job: &str, tried: &str) -> Outcome<JobView> {
-    let none = || Failure::usage(tried, "this host has no such job").next("see 'icecore job list'");
+    let none =
+        || Failure::missing(tried, "this host has no such job").next("see 'icecore job list'");
     let id: JobId = job.parse().map_err(|_| none())?;
     jobs::one(state, &id)?.map(|record| JobView::of(state, record)).ok_or_else(none)
 }

@@ -10,6 +10,7 @@ mod cli;
 mod commands;
 mod config;
 mod context;
+mod daemon;
 mod data;
 mod export;
 mod failure;

@@ -2,12 +2,13 @@
 
 use icecore_repository::{Consistency, Damage, DiskMode, Point, PointDisk, PointId};
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::governor::GovernorReport;
 
 /// What `backup` prints.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct BackupReport {
     pub point: Option<String>,
     pub vm: String,
@@ -28,14 +29,14 @@ pub struct BackupReport {
 }
 
 /// A disk that is not in a point.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Unprotected {
     pub disk: String,
     pub why: String,
 }
 
 /// One disk of a backup.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct DiskReport {
     pub disk: String,
     pub parent: Option<String>,
@@ -53,7 +54,7 @@ pub struct DiskReport {
 }
 
 /// Latency percentiles in milliseconds.
-#[derive(Debug, Clone, Copy, Default, Serialize)]
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub struct Latency {
     pub p50: f64,
     pub p99: f64,
@@ -61,7 +62,7 @@ pub struct Latency {
 }
 
 /// A point, as `point list` shows it: committed, or only known from a job record.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct PointRow {
     pub point: Option<String>,
     pub label: Option<String>,
@@ -72,6 +73,7 @@ pub struct PointRow {
     pub created_at: Timestamp,
     pub captured_at: Option<Timestamp>,
     pub description: Option<String>,
+    #[schema(value_type = Option<Object>)]
     pub consistency: Option<Consistency>,
     pub size_bytes: u64,
     pub new_bytes: u64,
@@ -84,11 +86,12 @@ pub struct PointRow {
 }
 
 /// A disk in a point's row.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct PointDiskRow {
     pub disk: String,
     pub parent: Option<String>,
     pub size_bytes: u64,
+    #[schema(value_type = Option<String>)]
     pub mode: Option<DiskMode>,
     pub reason: Option<String>,
     pub new_bytes: u64,

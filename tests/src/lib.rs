@@ -9,6 +9,7 @@
 //! the process or takes the mount away, also when a test fails.
 
 mod agent;
+mod daemon;
 mod disk;
 mod failure;
 mod guestless;
@@ -27,6 +28,7 @@ mod spec;
 mod vm;
 
 pub use agent::{AgentProxy, Answers, agent_answers};
+pub use daemon::{Answer, Daemon};
 pub use disk::{Attach, Bus, Disk, Fs, Layout};
 pub use failure::{Failure, Result};
 pub use icecore::{Icecore, Outcome, Run, Started};

@@ -6,6 +6,7 @@ use crate::step::{Result, captured, program, target, timed};
 
 /// For the guest, the judges of restored disks, and independent peers on the wire.
 const TOOLS: [&str; 13] = [
+const TOOLS: [&str; 14] = [
     "busybox-static",
     "cpio",
     "kmod",
@@ -19,6 +20,8 @@ const TOOLS: [&str; 13] = [
     "strace",
     "libvirt-daemon-system",
     "libvirt-clients",
+    "curl",
+    "openssl",
 ];
 const QEMU: [&str; 4] = ["qemu-system-x86", "qemu-utils", "qemu-block-extra", "qemu-guest-agent"];
 /// Makes the chroot of the newest QEMU.

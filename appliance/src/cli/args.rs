@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::VmArgs;
 use crate::names;
@@ -42,6 +44,12 @@ pub struct Global {
     /// No progress on stderr
     #[arg(long, short, global = true, help_heading = "Global options")]
     pub quiet: bool,
+    /// Let the daemon of this host do it: backup, restore, rollback, check, gc and job
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub daemon: bool,
+    /// With --daemon: print the job's id and do not wait
+    #[arg(long, global = true, requires = "daemon", help_heading = "Global options")]
+    pub detach: bool,
     /// How data is moved
     #[arg(long, global = true, value_enum, default_value_t = IoEngine::Auto)]
     #[arg(value_name = "ENGINE", help_heading = "Global options")]
@@ -137,6 +145,9 @@ pub enum Command {
     /// Runs on this host, finished and unfinished
     #[command(subcommand)]
     Job(JobCommand),
+    /// The daemon: jobs, API, metrics
+    #[command(after_help = "Example:\n  icecore serve --config /etc/icecore/icecore.toml")]
+    Serve,
     /// Find and repair what an interrupted run left behind
     #[command(after_help = "Example:\n  icecore doctor --qmp /run/vm1.qmp --name vm1 --repair")]
     Doctor(DoctorArgs),
@@ -214,7 +225,8 @@ pub struct RepoInitArgs {
 }
 
 /// How a point is taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum LevelArg {
     /// Incremental where it can be trusted, else whole, with a reason
     Auto,
@@ -224,7 +236,8 @@ pub enum LevelArg {
     Incremental,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum ConsistencyArg {
     /// Freeze through the agent where there is one
     Auto,
@@ -234,7 +247,8 @@ pub enum ConsistencyArg {
     Crash,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum FallbackArg {
     /// Read the whole disk, and say why
     Run,
@@ -299,13 +313,15 @@ pub struct BackupArgs {
     pub dry_run: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum SwitchArg {
     On,
     Off,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum PriorityArg {
     /// Guests go first
     Low,
@@ -313,13 +329,15 @@ pub enum PriorityArg {
     Normal,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum FormatArg {
     Raw,
     Qcow2,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum VerifyRestoreArg {
     /// Read the target back and compare the content root
     Root,
@@ -353,7 +371,8 @@ pub struct RestoreArgs {
     pub verify: VerifyRestoreArg,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum VerifyRollbackArg {
     /// Every written block is read back, the rest sampled
     Written,
@@ -361,7 +380,8 @@ pub enum VerifyRollbackArg {
     Full,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum RestartArg {
     /// Reset and continue
     Reset,

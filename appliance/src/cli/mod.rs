@@ -17,8 +17,8 @@ use crate::failure::{Failure, Outcome, Status};
 use crate::interrupt::survive_file_size_limit;
 use crate::policy::notify::{self, Event};
 use crate::state::State;
-use crate::{commands, guardian_process, hook, job};
-use args::{Cli, Command, HookCommand};
+use crate::{commands, daemon, guardian_process, hook, job};
+use args::{Cli, Command, Global, HookCommand};
 
 /// Reads the command line, runs the command and turns its outcome into an exit status.
 pub fn run() -> ExitCode {
@@ -34,7 +34,9 @@ pub fn run() -> ExitCode {
         hook::run(&State::new(&cli.global.state_dir), words);
         return ExitCode::SUCCESS;
     }
-    start_log(cli.global.verbose);
+    // What a daemon does is for its log; what a command does is on the terminal.
+    let serves = matches!(cli.command, Command::Serve);
+    start_log(cli.global.verbose.saturating_add(u8::from(serves)));
     match run_command(cli) {
         Ok(status) => ExitCode::from(status),
         Err(failure) => {
@@ -59,7 +61,7 @@ fn run_command(cli: Cli) -> Outcome<u8> {
     let outcome = runtime.block_on(async {
         survive_file_size_limit()?;
         let job = cli.command.job().filter(|_| !context.through_daemon);
-        let outcome = dispatch(&context, cli.command).await;
+        let outcome = dispatch(&context, &cli.global, cli.command).await;
         if let Some(vm) = job {
             tell(&context, vm.as_deref(), &outcome);
         }
@@ -90,7 +92,7 @@ fn tell(context: &Context, vm: Option<&str>, outcome: &Outcome<u8>) {
     }
 }
 
-async fn dispatch(context: &Context, command: Command) -> Outcome<u8> {
+async fn dispatch(context: &Context, global: &Global, command: Command) -> Outcome<u8> {
     match command {
         Command::Repo(command) => commands::repo::run(context, command),
         Command::Backup(args) => commands::backup::run(context, args).await,
@@ -114,6 +116,7 @@ async fn dispatch(context: &Context, command: Command) -> Outcome<u8> {
         Command::Schedule(command) => commands::schedule::run(context, command).await,
         Command::Quota(command) => commands::quota::run(context, command),
         Command::Status { repo } => commands::status::run(context, repo.repo.as_deref()),
+        Command::Serve => daemon::serve(global).await.map(|()| OK),
         // They were dealt with before there was a context.
         Command::Guardian | Command::Warden | Command::Config(_) => {
             Err(Failure::usage("run a command", "it has a way of its own"))

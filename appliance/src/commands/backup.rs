@@ -15,6 +15,8 @@ use crate::capture::qmp::{QmpCapture, Settings};
 use crate::cli::OK;
 use crate::cli::args::{BackupArgs, ConsistencyArg, FallbackArg, LevelArg, PriorityArg, SwitchArg};
 use crate::context::Context;
+use crate::daemon::client::{self, Client};
+use crate::daemon::request::BackupBody;
 use crate::failure::{Failure, Outcome};
 use crate::image::RunDir;
 use crate::interrupt::Interrupt;
@@ -30,6 +32,9 @@ use crate::target::{self, Reach, Vm};
 
 /// Runs `icecore backup`.
 pub async fn run(context: &Context, args: BackupArgs) -> Outcome<u8> {
+    if context.through_daemon {
+        return through_daemon(context, &args).await;
+    }
     let vm = Vm::from_args(context, &args.vm, "back up a VM")?;
     let tried = format!("back up {} to {}", vm.name, args.repo.repo);
     let mut request = request(&vm, &args, &tried)?;
@@ -88,6 +93,32 @@ fn tell_of_fallbacks(context: &Context, report: &BackupReport) {
             notify::tell(context.config.notify.as_ref(), &event, Some(&report.vm));
         }
     }
+}
+
+async fn through_daemon(context: &Context, args: &BackupArgs) -> Outcome<u8> {
+    let tried = format!("back up through the daemon to {}", args.repo.repo);
+    let (vm, place) = client::vm(&args.vm, &tried)?;
+    let size = |bytes: u64| bytes.to_string();
+    let body = BackupBody {
+        repo: Some(client::repo(context, &args.repo.repo, &tried)?),
+        vm: place,
+        level: Some(args.level),
+        disks: args.disk.clone(),
+        exclude_disks: args.exclude_disk.clone(),
+        chain: args.chain.clone(),
+        label: args.label.clone(),
+        description: args.description.clone(),
+        consistency: Some(args.consistency),
+        freeze_timeout: Some(format!("{}ms", args.freeze_timeout.as_millis())),
+        scratch: args.scratch.as_deref().map(|dir| client::absolute(dir, &tried)).transpose()?,
+        scratch_limit: args.scratch_limit.map(size),
+        rate_limit: args.rate_limit.map(size),
+        on_fallback: Some(args.on_fallback),
+        paranoid: args.paranoid,
+        dry_run: args.dry_run,
+    };
+    let path = format!("/v1/vms/{}/backups", client::segment(&vm));
+    Client::new(context, tried).run(&path, &body, |context, report| print(context, &report)).await
 }
 
 struct Run<'a> {

@@ -9,6 +9,8 @@ use super::point::find;
 use crate::cli::args::CheckArgs;
 use crate::cli::{DAMAGED, OK};
 use crate::context::Context;
+use crate::daemon::client::{self, Client};
+use crate::daemon::request::CheckBody;
 use crate::failure::{Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::job::Job;
@@ -19,6 +21,16 @@ use crate::state::JobKind;
 /// Runs `icecore check`.
 pub async fn run(context: &Context, args: CheckArgs) -> Outcome<u8> {
     let tried = format!("check the repository {}", args.repo.repo);
+    if context.through_daemon {
+        let body = CheckBody {
+            repo: Some(client::repo(context, &args.repo.repo, &tried)?),
+            point: args.point.clone(),
+            read_data: args.read_data,
+            sample: args.sample,
+        };
+        let show = |context: &Context, report| print(context, &report).map(drop);
+        return Client::new(context, tried).run("/v1/check", &body, show).await;
+    }
     let interrupt = Interrupt::listen()?;
     let named = context.repository_name(&args.repo.repo)?;
     let mut job = Job::begin(context, JobKind::Check, &named, &[], &tried)?;

@@ -5,6 +5,8 @@ use icecore_repository::{GcOptions, GcReport};
 use crate::cli::OK;
 use crate::cli::args::GcArgs;
 use crate::context::Context;
+use crate::daemon::client::{self, Client};
+use crate::daemon::request::GcBody;
 use crate::failure::{Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::job::Job;
@@ -15,6 +17,12 @@ use crate::state::JobKind;
 /// Runs `icecore gc`.
 pub async fn run(context: &Context, args: GcArgs) -> Outcome<u8> {
     let tried = format!("collect garbage in {}", args.repo.repo);
+    if context.through_daemon {
+        let repo = Some(client::repo(context, &args.repo.repo, &tried)?);
+        let body = GcBody { repo, dry_run: args.dry_run };
+        let show = |context: &Context, report| print(context, &args, &report);
+        return Client::new(context, tried).run("/v1/gc", &body, show).await;
+    }
     let interrupt = Interrupt::listen()?;
     let named = context.repository_name(&args.repo.repo)?;
     let job = Job::begin(context, JobKind::Gc, &named, &[], &tried)?;

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use crate::cli::OK;
 use crate::cli::args::JobCommand;
 use crate::context::Context;
+use crate::daemon::client::Client;
 use crate::failure::{Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::job_view::{self, Cancel, JobView};
@@ -19,6 +20,9 @@ const CANCEL_WAIT: Duration = Duration::from_secs(30);
 
 /// Runs `icecore job …`.
 pub async fn run(context: &Context, command: JobCommand) -> Outcome<u8> {
+    if context.through_daemon {
+        return through_daemon(context, command).await;
+    }
     match command {
         JobCommand::List => list(context, job_view::all(&context.state)),
         JobCommand::Show { job } => show(context, &job),
@@ -27,8 +31,39 @@ pub async fn run(context: &Context, command: JobCommand) -> Outcome<u8> {
     }
 }
 
-/// Prints jobs.
-pub fn list(context: &Context, views: Vec<JobView>) -> Outcome<u8> {
+async fn through_daemon(context: &Context, command: JobCommand) -> Outcome<u8> {
+    match command {
+        JobCommand::List => list(context, Client::new(context, "list jobs").jobs().await?),
+        JobCommand::Show { job } => {
+            output::json(&Client::new(context, format!("show job {job}")).job(&job).await?)?;
+            Ok(OK)
+        }
+        JobCommand::Watch { job } => {
+            let client = Client::new(context, format!("watch job {job}"));
+            finish(context, client.follow(&job, None).await?)
+        }
+        JobCommand::Cancel { force: true, job } => {
+            let why = "the daemon kills no job; leave --daemon out";
+            Err(Failure::usage(format!("cancel job {job}"), why))
+        }
+        JobCommand::Cancel { job, .. } => {
+            let tried = format!("cancel job {job}");
+            let client = Client::new(context, tried.as_str());
+            client.cancel(&job).await?;
+            match tokio::time::timeout(CANCEL_WAIT, client.follow(&job, None)).await {
+                Ok(over) => cancelled(context, &over?, &tried),
+                Err(_) => still_at_it(&job),
+            }
+        }
+    }
+}
+
+fn still_at_it(job: &str) -> Outcome<u8> {
+    eprintln!("icecore: job {job} was asked to end and is still at it");
+    Ok(OK)
+}
+
+fn list(context: &Context, views: Vec<JobView>) -> Outcome<u8> {
     if context.json {
         output::json(&views)?;
         return Ok(OK);
@@ -138,15 +173,12 @@ async fn cancel(context: &Context, job: &str, force: bool) -> Outcome<u8> {
     let over = job_view::follow(&context.state, &view.record.job, &tried, |_| Ok(()));
     match tokio::time::timeout(CANCEL_WAIT, over).await {
         Ok(over) => cancelled(context, &over?, &tried),
-        Err(_) => {
-            eprintln!("icecore: job {job} was asked to end and is still at it");
-            Ok(OK)
-        }
+        Err(_) => still_at_it(job),
     }
 }
 
 /// Prints how a job that was asked to end has ended; one that was too far to be undone is refused.
-pub fn cancelled(context: &Context, view: &JobView, tried: &str) -> Outcome<u8> {
+fn cancelled(context: &Context, view: &JobView, tried: &str) -> Outcome<u8> {
     match view.state {
         JobState::Cancelled | JobState::Interrupted if context.json => output::json(view)?,
         JobState::Cancelled | JobState::Interrupted => {

@@ -4,13 +4,15 @@ use std::path::Path;
 
 use icecore_io_engine::Verify;
 use icecore_repository::{DiskId, Point, PointDisk};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::backup::absolute;
 use super::point::find;
 use crate::cli::OK;
 use crate::cli::args::{FormatArg, RestoreArgs, VerifyRestoreArg};
 use crate::context::Context;
+use crate::daemon::client::{self, Client};
+use crate::daemon::request::RestoreBody;
 use crate::failure::{Failure, Outcome};
 use crate::image::{self, Format};
 use crate::interrupt::Interrupt;
@@ -22,7 +24,7 @@ use crate::restore::{Restore, RestoredDisk, Target, Wish, targets};
 use crate::state::JobKind;
 use crate::state::locks::LockKey;
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct RestoreReport {
     point: String,
     vm: String,
@@ -32,6 +34,9 @@ struct RestoreReport {
 
 /// Runs `icecore restore`.
 pub async fn run(context: &Context, args: RestoreArgs) -> Outcome<u8> {
+    if context.through_daemon {
+        return through_daemon(context, &args).await;
+    }
     let tried = format!("restore {} to {}", args.point, args.to);
     let interrupt = Interrupt::listen()?;
     let repository = context.open_read_only(&args.repo.repo)?;
@@ -62,6 +67,25 @@ pub async fn run(context: &Context, args: RestoreArgs) -> Outcome<u8> {
     let outcome = outcome.map(|disks| RestoreReport { point, vm, job: id, disks });
     print(context, job.end(context, outcome)?)?;
     Ok(OK)
+}
+
+async fn through_daemon(context: &Context, args: &RestoreArgs) -> Outcome<u8> {
+    let tried = format!("restore {} to {} through the daemon", args.point, args.to);
+    let to = match args.to.contains("://") {
+        true => args.to.clone(),
+        false => client::absolute(Path::new(&args.to), &tried)?,
+    };
+    let body = RestoreBody {
+        repo: Some(client::repo(context, &args.repo.repo, &tried)?),
+        to,
+        disk: args.disk.clone(),
+        vm: args.vm.clone(),
+        format: args.format,
+        force: args.force,
+        verify: Some(args.verify),
+    };
+    let path = format!("/v1/points/{}/restore", client::segment(&args.point));
+    Client::new(context, tried).run(&path, &body, print).await
 }
 
 async fn all(

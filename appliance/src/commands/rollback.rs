@@ -3,7 +3,7 @@
 use icecore_io_engine::Priority;
 use icecore_qmp::guardian::protocol::{Freeze, Then};
 use icecore_repository::{Point, Repository};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::backup::{absolute, repository_part};
 use super::point::find;
@@ -13,6 +13,8 @@ use crate::capture::qmp::Settings;
 use crate::cli::OK;
 use crate::cli::args::{RestartArg, RollbackArgs, VerifyRollbackArg};
 use crate::context::Context;
+use crate::daemon::client::{self, Client};
+use crate::daemon::request::RollbackBody;
 use crate::failure::{Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::job::Job;
@@ -28,7 +30,7 @@ const FREEZE_LIMIT_MS: u64 = 5000;
 /// A configured command only has to start the VM, not to wait for its services.
 const RESTART_LIMIT: std::time::Duration = std::time::Duration::from_secs(120);
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct RollbackReport {
     point: String,
     vm: String,
@@ -41,6 +43,9 @@ struct RollbackReport {
 
 /// Runs `icecore rollback`.
 pub async fn run(context: &Context, args: RollbackArgs) -> Outcome<u8> {
+    if context.through_daemon {
+        return through_daemon(context, &args).await;
+    }
     let started = std::time::Instant::now();
     let vm = Vm::from_args(context, &args.vm, "roll a VM back")?;
     let tried = format!("roll {} back to {}", vm.name, args.to);
@@ -115,6 +120,25 @@ async fn restart(command: &[String], tried: &str) -> Outcome<()> {
         Ok(Err(error)) => Err(failed(error.to_string())),
         Err(_) => Err(failed(format!("it did not end within {} s", RESTART_LIMIT.as_secs()))),
     }
+}
+
+async fn through_daemon(context: &Context, args: &RollbackArgs) -> Outcome<u8> {
+    let tried = format!("roll back to {} through the daemon", args.to);
+    let (vm, place) = client::vm(&args.vm, &tried)?;
+    let body = RollbackBody {
+        repo: Some(client::repo(context, &args.repo.repo, &tried)?),
+        to: args.to.clone(),
+        vm: place,
+        disks: args.disk.clone(),
+        no_safety_point: args.no_safety_point,
+        verify: Some(args.verify),
+        resize: args.resize,
+        restart: Some(args.restart),
+        scratch: args.scratch.as_deref().map(|dir| client::absolute(dir, &tried)).transpose()?,
+        dry_run: args.dry_run,
+    };
+    let path = format!("/v1/vms/{}/rollback", client::segment(&vm));
+    Client::new(context, tried).run(&path, &body, print).await
 }
 
 #[allow(clippy::too_many_arguments)] // One call, from one place.

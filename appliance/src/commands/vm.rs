@@ -6,6 +6,7 @@ use icecore_qmp::bitmap::{BitmapName, Granularity};
 use icecore_repository::{Point, Repository, VmName};
 use jiff::Timestamp;
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::schedule::known_vms;
 use crate::capture::qmp::failure;
@@ -35,25 +36,27 @@ pub async fn run(context: &Context, command: VmCommand) -> Outcome<u8> {
     }
 }
 
-#[derive(Debug, Serialize)]
-struct VmRow {
-    vm: String,
-    configured: bool,
+/// A VM and what is known of its points.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct VmRow {
+    pub vm: String,
+    pub configured: bool,
     /// What libvirt's hook last told of a domain of this name.
     #[serde(skip_serializing_if = "Option::is_none")]
-    libvirt: Option<Known>,
-    points: usize,
-    last_point: Option<String>,
-    last_point_at: Option<Timestamp>,
-    last_point_age_seconds: Option<i64>,
-    protected: bool,
+    #[schema(value_type = Option<Object>)]
+    pub libvirt: Option<Known>,
+    pub points: usize,
+    pub last_point: Option<String>,
+    pub last_point_at: Option<Timestamp>,
+    pub last_point_age_seconds: Option<i64>,
+    pub protected: bool,
 }
 
-fn list(context: &Context, repo: Option<&str>) -> Outcome<u8> {
-    let named: Vec<&str> = match repo {
-        Some(repo) => vec![repo],
-        None => context.config.repository.keys().map(String::as_str).collect(),
-    };
+/// The VMs of the configuration and of these repositories; all that are configured when none are
+/// named.
+pub fn rows(context: &Context, repositories: Option<Vec<&str>>) -> Outcome<Vec<VmRow>> {
+    let all = || context.config.repository.keys().map(String::as_str).collect();
+    let named = repositories.unwrap_or_else(all);
     let mut points = Vec::new();
     for repo in named {
         let repository = context.open_read_only(repo)?;
@@ -71,8 +74,11 @@ fn list(context: &Context, repo: Option<&str>) -> Outcome<u8> {
     for point in &points {
         of_vm.entry(point.vm.to_string()).or_default().push(point);
     }
-    let rows: Vec<VmRow> =
-        of_vm.into_iter().map(|(vm, points)| row(context, &known, vm, &points)).collect();
+    Ok(of_vm.into_iter().map(|(vm, points)| row(context, &known, vm, &points)).collect())
+}
+
+fn list(context: &Context, repo: Option<&str>) -> Outcome<u8> {
+    let rows = rows(context, repo.map(|repo| vec![repo]))?;
     if context.json {
         output::json(&rows)?;
         return Ok(OK);

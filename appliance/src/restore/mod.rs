@@ -18,7 +18,7 @@ use icecore_io_engine::{
 };
 use icecore_nbd_client::ExportInfo;
 use icecore_repository::{DiskReader, Point, PointDisk, Repository};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::context::Context;
 use crate::data;
@@ -35,7 +35,7 @@ pub use target::{Target, Wish, targets};
 const FILE_LANES: usize = 4;
 
 /// One restored disk, as it is reported.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct RestoredDisk {
     pub disk: String,
     pub target: String,
@@ -168,8 +168,7 @@ impl Restore<'_> {
         if self.verify == Verify::ReadBack {
             meter = meter.with_read_back();
         }
-        let _shown =
-            Progress::show(format!("restoring {}", self.point.vm), meter, self.context);
+        let _shown = Progress::show(format!("restoring {}", self.point.vm), meter, self.context);
         let (hasher, verify) = (self.repository.hasher(), self.verify);
         data::blocking(move || {
             icecore_io_engine::restore(&reader, hasher, &mut set, state, None, verify, &options)

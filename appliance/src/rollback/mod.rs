@@ -14,7 +14,7 @@ pub use live::Live;
 use icecore_io_engine::LaneSet;
 use icecore_qmp::bitmap::{NamePart, Owner};
 use icecore_repository::{DiskId, DiskReader, Point, PointDisk, Repository};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::capture::decide::{Level, decide};
 use crate::capture::image::Machine;
@@ -41,7 +41,7 @@ pub struct Request {
 }
 
 /// What came of one disk.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct RolledBackDisk {
     pub disk: String,
     /// Of a dry run, and where the whole disk was compared: bytes of the blocks that differ. Else of
@@ -53,7 +53,7 @@ pub struct RolledBackDisk {
 }
 
 /// What a rollback did.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct RolledBack {
     pub safety_point: Option<String>,
     pub disks: Vec<RolledBackDisk>,
@@ -216,7 +216,7 @@ impl Rollback<'_> {
         options.control.pulse = activity.pulse.clone();
         let bytes = among.bytes(u64::from(wanted.block_size().bytes()), wanted.size_bytes());
         let meter = Meter::new(bytes, options.control.progress.clone());
-        let _shown = Progress::show(format!("comparing {disk}"), meter, self.context.quiet);
+        let _shown = Progress::show(format!("comparing {disk}"), meter, self.context);
         let hasher = self.repository.hasher();
         crate::data::watched(&activity, move || {
             ranges::compared(&mut set, &wanted, hasher, &among, &options)

@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 use super::durable::show_file;
 use super::process::Process;
 use super::{State, replace_file};
-use crate::failure::{Failure, Outcome, Status};
+use crate::failure::{Failure, Nature, Outcome, Status};
 
 /// Records of ended jobs that are kept; older ones are removed as new ones end.
 const RECORDS_KEPT_MAX: usize = 1000;
@@ -246,7 +246,7 @@ pub struct Order {
 }
 
 /// A run on a domain of libvirt.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct LibvirtRun {
     pub uri: String,
     pub uuid: String,
@@ -351,7 +351,7 @@ impl JobRecord {
         if let Some(failure) = failure {
             self.failure_reason = Some(failure.why.clone());
             self.next.clone_from(&failure.next);
-            self.transient = failure.transient;
+            self.transient = failure.nature == Nature::Transient;
         }
         // After a power cut, recovery asks the repository for the point and comes to the same end.
         let recoverable = self.kind == JobKind::Backup && failure.is_none();

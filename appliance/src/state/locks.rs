@@ -113,6 +113,16 @@ impl Lock {
         }
     }
 
+    /// Takes the lock of a whole host's daemon; none when another holds it.
+    pub fn of_daemon(state: &State, tried: &str) -> Outcome<Option<Self>> {
+        let file = open(state, &LockKey("daemon".into()), tried)?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(Self { file })),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+            Err(e) => Err(Failure::failed(tried, e)),
+        }
+    }
+
     /// Removes the file of a lock that nobody will ask for again.
     pub fn forget(state: &State, key: &LockKey) {
         // A file that stays is only untidy: its lock died with its holder.

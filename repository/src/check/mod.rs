@@ -12,7 +12,7 @@ mod points;
 
 use std::collections::BTreeSet;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{DamageKind, Error, Result};
 use crate::geometry::BlockIndex;
@@ -58,7 +58,7 @@ pub struct CheckProgress {
 }
 
 /// One thing that is not as it must be.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct CheckError {
     /// Name of the object in the repository.
     pub object: String,
@@ -70,7 +70,7 @@ pub struct CheckError {
 }
 
 /// What a check found.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckReport {
     /// True when there are no errors.
     pub ok: bool,

@@ -47,7 +47,7 @@ impl Default for GcOptions {
 }
 
 /// What a gc did, or with `dry_run` would do if nobody wrote meanwhile.
-#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct GcReport {
     /// Deleted or disowned points of which the last rest was removed.
     pub points_removed: u64,

@@ -447,7 +447,10 @@ pub fn failure(tried: &str, error: GuardianError) -> Failure {
         ErrorKind::Refused => Status::Refused,
         _ => Status::Failed,
     };
-    Failure { status, ..Failure::failed(tried, error) }
+    // A VM that is being restarted answers a little later.
+    let passes = error.kind == ErrorKind::Unreachable;
+    let failure = Failure { status, ..Failure::failed(tried, error) };
+    if passes { failure.transient() } else { failure }
 }
 
 /// The bitmap's name in an NBD metadata context.
