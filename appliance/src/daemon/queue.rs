@@ -32,6 +32,14 @@ pub enum Party {
 pub struct Work {
     pub party: Party,
     pub repository: String,
+    pub share: Option<Share>,
+}
+
+/// The jobs of one schedule, of which only so many run at once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Share {
+    pub schedule: String,
+    pub at_once: usize,
 }
 
 #[derive(Debug, Clone)]
@@ -106,7 +114,13 @@ impl Queue {
 
 fn fits(work: &Work, running: &[Work], limits: Limits) -> bool {
     let on_repository = running.iter().filter(|other| other.repository == work.repository).count();
-    on_repository < limits.repository && !running.iter().any(|other| other.party == work.party)
+    let in_share = |share: &Share| {
+        let of_schedule = running.iter().filter_map(|other| other.share.as_ref());
+        of_schedule.filter(|other| other.schedule == share.schedule).count() < share.at_once
+    };
+    on_repository < limits.repository
+        && work.share.as_ref().is_none_or(in_share)
+        && !running.iter().any(|other| other.party == work.party)
 }
 
 #[cfg(test)]
@@ -119,7 +133,23 @@ mod tests {
     }
 
     fn work(vm: u8, repository: u8) -> Work {
-        Work { party: Party::Vm(format!("vm{vm}")), repository: format!("r{repository}") }
+        let party = Party::Vm(format!("vm{vm}"));
+        Work { party, repository: format!("r{repository}"), share: None }
+    }
+
+    #[test]
+    fn a_schedule_runs_no_more_at_once_than_it_says_and_holds_nobody_else_up() {
+        let limits = Limits { host: 9, repository: 9 };
+        let mut queue = Queue::default();
+        for vm in 0..4u8 {
+            let share = Some(Share { schedule: "nightly".into(), at_once: 2 });
+            queue.push(id(vm.into()), Work { share, ..work(vm, 1) }, None);
+        }
+        queue.push(id(4), work(4, 1), None);
+        let mut running = Vec::new();
+        let begun = drain(&mut queue, &mut running, limits);
+        assert_eq!(begun.iter().filter(|work| work.share.is_some()).count(), 2);
+        assert_eq!((begun.len(), queue.len()), (3, 2));
     }
 
     fn drain(queue: &mut Queue, running: &mut Vec<Work>, limits: Limits) -> Vec<Work> {

@@ -315,5 +315,5 @@ fn work_of(record: &JobRecord) -> Work {
         (JobKind::Check | JobKind::Gc, _) => Party::Repository(record.repository.clone()),
         _ => Party::Alone(record.job.clone()),
     };
-    Work { party, repository: record.repository.clone() }
+    Work { party, repository: record.repository.clone(), share: None }
 }
