@@ -162,6 +162,39 @@ fn a_job_whose_process_is_killed_is_undone_and_its_vm_is_free_again() -> Result<
 }
 
 #[test]
+fn a_missed_run_of_a_schedule_is_made_up_for_once_and_its_retention_applied() -> Result<()> {
+    let vm = bare("bare")?;
+    let icecore = Icecore::new()?;
+    let old = icecore.prove_next_point(&vm)?;
+    let marks = icecore.path("state/schedule");
+    std::fs::create_dir_all(&marks)?;
+    // As a daemon left it that did not run for a long time.
+    let mark = json!({ "yearly": { "bare": "2020-06-01T00:00:00Z" } });
+    std::fs::write(marks.join("marks.json"), mark.to_string())?;
+    let schedule = "[schedule.yearly]\ncron = '0 0 1 1 *'\nvms = ['bare']\nrepository = 'main'\n\
+                    [schedule.yearly.retention]\nlast = 1\n";
+    let daemon = icecore.serve(&[&vm], schedule)?;
+    let kinds = |kind: &str| daemon.get(&format!("/v1/jobs?state=succeeded&kind={kind}"));
+    wait_until("the gc after the retention", Duration::from_secs(60), || {
+        Ok(kinds("gc")?.expect(200)?.as_array().is_some_and(|jobs| !jobs.is_empty()))
+    })?;
+    let backups = kinds("backup")?.expect(200)?;
+    let by_schedule: Vec<&Value> = backups
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|job| job["order"]["requested_by"] == "schedule yearly")
+        .collect();
+    assert_eq!(by_schedule.len(), 1, "{backups}");
+    let points = daemon.get("/v1/points")?.expect(200)?;
+    assert_eq!(points.as_array().map(Vec::len), Some(1), "{points}");
+    assert_ne!(points[0]["point"], old["point"]);
+    let metrics = daemon.get("/metrics")?.body;
+    assert!(metrics.contains("icecore_runs_missed_total{schedule=\"yearly\"} 1"), "{metrics}");
+    icecore.check().map(drop)
+}
+
+#[test]
 fn a_second_daemon_is_refused_and_a_wrong_configuration_changes_nothing() -> Result<()> {
     let vm = bare("bare")?;
     let icecore = Icecore::new()?;

@@ -5,8 +5,7 @@ use crate::qemus;
 use crate::step::{Result, captured, program, target, timed};
 
 /// For the guest, the judges of restored disks, and independent peers on the wire.
-const TOOLS: [&str; 13] = [
-const TOOLS: [&str; 14] = [
+const TOOLS: [&str; 15] = [
     "busybox-static",
     "cpio",
     "kmod",

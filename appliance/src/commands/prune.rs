@@ -39,6 +39,13 @@ struct LeftAlone {
     why: String,
 }
 
+impl PruneReport {
+    /// Whether anything goes.
+    pub fn removed_any(&self) -> bool {
+        !self.removed.is_empty()
+    }
+}
+
 /// What is asked of a prune.
 #[derive(Debug, Clone)]
 pub struct Request<'a> {

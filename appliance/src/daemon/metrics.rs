@@ -27,6 +27,7 @@ struct Inner {
     checked: BTreeMap<String, Timestamp>,
     seen: Option<Seen>,
     reloads_failed: u64,
+    missed: BTreeMap<String, u64>,
 }
 
 /// What the last and all backups of a VM said.
@@ -102,6 +103,11 @@ impl Metrics {
         self.lock().seen = Some(seen);
     }
 
+    /// Counts a run of a schedule that was not begun at its time.
+    pub fn missed(&self, schedule: &str) {
+        *self.lock().missed.entry(schedule.to_owned()).or_default() += 1;
+    }
+
     /// Counts a configuration that was not taken over.
     pub fn reload_failed(&self) {
         self.lock().reloads_failed += 1;
@@ -154,6 +160,11 @@ impl Inner {
         let name = "icecore_config_reloads_failed_total";
         text.family(name, "counter", "Configurations that were wrong at a reload.");
         text.line(name, &[], self.reloads_failed as f64);
+        let name = "icecore_runs_missed_total";
+        text.family(name, "counter", "Runs of schedules that were not begun at their time.");
+        for (schedule, count) in &self.missed {
+            text.line(name, &[("schedule", schedule)], *count as f64);
+        }
         let name = "icecore_fallbacks_total";
         text.family(name, "counter", "Disks that were read whole, and why.");
         for ((vm, reason), count) in &self.fallbacks {

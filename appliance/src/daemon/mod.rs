@@ -11,6 +11,7 @@ mod metrics;
 mod queue;
 pub mod request;
 mod retry;
+mod schedule;
 mod settings;
 mod supervisor;
 mod worker;
@@ -47,6 +48,7 @@ pub async fn serve(global: &Global) -> Outcome<()> {
     supervisor.adopt().await;
     listen(&supervisor).await?;
     tokio::spawn(Arc::clone(&supervisor).run());
+    tokio::spawn(schedule::run(Arc::clone(&supervisor)));
     tokio::spawn(look_at_repositories(Arc::clone(&supervisor)));
     tell(&[NotifyState::Ready]);
     signals.obey(&supervisor).await;

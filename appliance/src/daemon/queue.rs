@@ -70,6 +70,11 @@ impl Queue {
         self.waiting.len() != before
     }
 
+    /// Whether one that waits is such a one.
+    pub fn any(&self, is_such: impl Fn(&Work) -> bool) -> bool {
+        self.waiting.iter().any(|waiting| is_such(&waiting.work))
+    }
+
     /// How many wait.
     pub fn len(&self) -> usize {
         self.waiting.len()

@@ -9,17 +9,17 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::sync::Notify;
 
 use super::metrics::Metrics;
-use super::queue::{Party, Queue, Work};
+use super::queue::{Party, Queue, Share, Work};
 use super::request::Wanted;
 use super::settings::Settings;
-use super::{retry, worker};
+use super::{retry, schedule, worker};
 use crate::cli::args::Global;
 use crate::failure::{Failure, Outcome};
 use crate::job_view::{self, Cancel, JobView};
 use crate::recovery;
 use crate::state::jobs::{self, Order};
 use crate::state::locks::{Lock, LockKey, is_free};
-use crate::state::{JobId, JobKind, JobRecord, JobStatus};
+use crate::state::{JobId, JobKind, JobRecord, JobState, JobStatus};
 
 /// More waiting jobs than this are a mistake of their caller: a day's work of a large host.
 const WAITING_MAX: usize = 2000;
@@ -112,14 +112,16 @@ impl Supervisor {
 
     fn follow(self: &Arc<Self>, record: JobRecord) {
         tracing::info!(job = %record.job, "adopted");
-        self.lock().running.insert(record.job.clone(), work_of(&record));
+        let work = work_of(&self.settings(), &record);
+        self.lock().running.insert(record.job.clone(), work);
         let own = Arc::clone(self);
         tokio::spawn(async move { own.settle(&record.job, None).await });
     }
 
     fn enqueue(&self, record: &JobRecord) {
         let not_before = record.order.as_ref().and_then(|order| order.not_before);
-        self.lock().queue.push(record.job.clone(), work_of(record), not_before);
+        let work = work_of(&self.settings(), record);
+        self.lock().queue.push(record.job.clone(), work, not_before);
         self.wake.notify_one();
     }
 
@@ -138,6 +140,22 @@ impl Supervisor {
         record.point = wanted.point;
         record.label = wanted.label;
         self.queue_durably(record)
+    }
+
+    /// Whether a schedule's job for a VM still waits.
+    pub fn waits(&self, schedule: &str, vm: &str) -> bool {
+        let party = Party::Vm(vm.to_owned());
+        let of_vm = |work: &Work| {
+            let named = work.share.as_ref().is_some_and(|share| share.schedule == schedule);
+            named && work.party == party
+        };
+        self.lock().queue.any(of_vm)
+    }
+
+    /// Whether a check or a gc of a repository waits.
+    pub fn repository_waits(&self, repository: &str) -> bool {
+        let party = Party::Repository(repository.to_owned());
+        self.lock().queue.any(|work| work.party == party)
     }
 
     fn record(&self, kind: JobKind, repository: &str, order: Order) -> Outcome<JobRecord> {
@@ -257,11 +275,17 @@ impl Supervisor {
             }
             None => {}
         }
-        if let Ok(Some(record)) = jobs::one(state, job) {
+        let record = jobs::one(state, job).ok().flatten();
+        // The next job of the VM may begin; what follows from this one takes its time.
+        self.forget(job);
+        if let Some(record) = record {
             self.metrics.ended(&record);
+            if record.state(false) == JobState::Interrupted {
+                tell_of_death(self, &record);
+            }
+            schedule::after(self, &record).await;
             self.try_again(record);
         }
-        self.forget(job);
     }
 
     fn forget(&self, job: &JobId) {
@@ -293,6 +317,14 @@ impl Supervisor {
     }
 }
 
+/// A worker tells of its own failures, but not of its death.
+fn tell_of_death(supervisor: &Supervisor, record: &JobRecord) {
+    let why = record.failure_reason.clone().unwrap_or_else(|| "its process died".into());
+    let failure = Failure::failed(format!("end job {}", record.job), why)
+        .next("see 'icecore doctor' for what it left");
+    schedule::tell(supervisor, failure, record.vm.clone());
+}
+
 /// A worker that ends before it begins its job says why in its log.
 fn end_unbegun(settings: &Settings, mut record: JobRecord, status: &str) {
     let state = &settings.context.state;
@@ -309,11 +341,16 @@ fn end_unbegun(settings: &Settings, mut record: JobRecord, status: &str) {
 }
 
 /// What the queue needs to know of a job.
-fn work_of(record: &JobRecord) -> Work {
+fn work_of(settings: &Settings, record: &JobRecord) -> Work {
     let party = match (record.kind, &record.vm) {
         (JobKind::Backup | JobKind::Rollback, Some(vm)) => Party::Vm(vm.clone()),
         (JobKind::Check | JobKind::Gc, _) => Party::Repository(record.repository.clone()),
         _ => Party::Alone(record.job.clone()),
     };
-    Work { party, repository: record.repository.clone(), share: None }
+    let share = schedule::of_job(record).and_then(|name| {
+        let concurrency = settings.context.config.schedule.get(name)?.concurrency;
+        let at_once = usize::try_from(concurrency.max(1)).unwrap_or(1);
+        Some(Share { schedule: name.to_owned(), at_once })
+    });
+    Work { party, repository: record.repository.clone(), share }
 }
