@@ -17,7 +17,8 @@ use crate::state::{JobId, JobKind, JobRecord, JobStatus, intents, jobs};
 pub struct Job {
     pub record: JobRecord,
     activity: Activity,
-    _locks: Vec<Lock>,
+    locks: Vec<Lock>,
+    _own: Lock,
 }
 
 impl Job {
@@ -34,18 +35,16 @@ impl Job {
             Some(assigned) => assigned.clone(),
             None => JobId::new(now)?,
         };
-        let own = LockKey::job(&id);
-        let mut locks = Vec::with_capacity(keys.len() + 1);
-        for key in keys.iter().chain([&own]) {
-            locks.push(Lock::take(&context.state, key, &id, tried)?);
-        }
+        let take = |key: &LockKey| Lock::take(&context.state, key, &id, tried);
+        let locks = keys.iter().map(take).collect::<Outcome<Vec<_>>>()?;
+        let own = take(&LockKey::job(&id))?;
         let mut record = JobRecord::new(id, kind, repository, now);
         if context.assigned.is_some() {
             record.order = order_of(context, &record.job, tried)?;
         }
         record.worker = Process::this();
         context.board.follow(&context.state, &record.job);
-        Ok(Self { record, activity: Activity::default(), _locks: locks })
+        Ok(Self { record, activity: Activity::default(), locks, _own: own })
     }
 
     /// The job's id.
@@ -97,6 +96,8 @@ impl Job {
 
     fn finish(mut self, context: &Context, result: Option<Value>, failure: Option<&Failure>) {
         context.board.close();
+        // Whoever sees that the run has ended may begin the next one.
+        self.locks.clear();
         if let Err(also) = self.record.end(&context.state, Timestamp::now(), result, failure) {
             tracing::warn!("the job record was not written: {also}");
         }

@@ -94,6 +94,7 @@ fn a_restore_that_is_cancelled_leaves_no_target() -> Result<()> {
     let vm = bare("bare")?;
     let icecore = Icecore::new()?;
     icecore.prove_next_point(&vm)?;
+    vm.fill("d0", 2, 0, 24 * MIB)?;
     let daemon = icecore.serve(&[&vm], "")?;
     let slow = slow_backup(&daemon, &vm, "1M/s");
     let target = icecore.path("target.raw");

@@ -221,7 +221,7 @@ impl Line {
 
     fn point(&mut self, point: &str) -> Outcome<()> {
         let fits = !point.is_empty() && point.len() <= 64;
-        if fits && point.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'~' || b == b'-') {
+        if fits && point.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'~') {
             return Ok(());
         }
         Err(self
