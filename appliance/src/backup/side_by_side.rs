@@ -59,7 +59,7 @@ impl<C: Capture> Backup<'_, C> {
         };
         let total = chosen.iter().map(|disk| disk.seen.size_bytes).sum();
         let meter = Meter::of_all(total, counted.clone());
-        let _shown = Progress::show(label, meter, self.context.quiet);
+        let _shown = Progress::show(label, meter, self.context);
         let reading = Reading {
             context: self.context,
             repository: self.repository,

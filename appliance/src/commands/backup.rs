@@ -114,6 +114,8 @@ async fn through_daemon(context: &Context, args: &BackupArgs) -> Outcome<u8> {
         scratch_limit: args.scratch_limit.map(size),
         rate_limit: args.rate_limit.map(size),
         on_fallback: Some(args.on_fallback),
+        governor: Some(args.governor),
+        priority: Some(args.priority),
         paranoid: args.paranoid,
         dry_run: args.dry_run,
     };

@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 
 use super::access::{Caller, Role};
 use crate::cli::args::{ConsistencyArg, FallbackArg, FormatArg, LevelArg, RestartArg};
-use crate::cli::args::{VerifyRestoreArg, VerifyRollbackArg};
+use crate::cli::args::{PriorityArg, SwitchArg, VerifyRestoreArg, VerifyRollbackArg};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
 use crate::names;
@@ -84,6 +84,8 @@ pub struct BackupBody {
     /// As in `100M/s`.
     pub rate_limit: Option<String>,
     pub on_fallback: Option<FallbackArg>,
+    pub governor: Option<SwitchArg>,
+    pub priority: Option<PriorityArg>,
     #[serde(default)]
     pub paranoid: bool,
     #[serde(default)]
@@ -239,7 +241,10 @@ impl Line {
     ) -> Outcome<()> {
         VmName::new(name).map_err(|e| self.wrong(e))?;
         let Some(place) = place else {
-            if context.config.vm.contains_key(name) {
+            let libvirt = context.config.libvirt.as_ref();
+            // Whether there is such a domain, the worker asks.
+            let of_libvirt = libvirt.is_some_and(|libvirt| libvirt.has(name));
+            if context.config.vm.contains_key(name) || of_libvirt {
                 self.arguments.push("--".into());
                 self.arguments.push(name.to_owned());
                 return Ok(());
@@ -345,6 +350,8 @@ impl BackupBody {
         line.checked("scratch-limit", self.scratch_limit.as_deref(), names::size)?;
         line.checked("rate-limit", self.rate_limit.as_deref(), names::rate)?;
         line.word("on-fallback", self.on_fallback)?;
+        line.word("governor", self.governor)?;
+        line.word("priority", self.priority)?;
         line.switch("paranoid", self.paranoid);
         line.switch("dry-run", self.dry_run);
         line.vm(context, caller, vm, self.vm.as_ref())?;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use icecore_io_engine::Pacing;
 use icecore_qmp::guardian::GuardianClient;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 
 use self::core::{Governor, Order};
@@ -55,7 +55,7 @@ impl Guest {
 }
 
 /// What a governor did, in a backup's report.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct GovernorReport {
     /// Mean latency of the guest's requests before the instant; none of an idle guest.
     pub baseline_latency_ms: Option<f64>,
