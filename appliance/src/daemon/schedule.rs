@@ -33,8 +33,12 @@ pub fn of_job(record: &JobRecord) -> Option<&str> {
 /// Queues what is due, for as long as the daemon runs.
 pub async fn run(supervisor: Arc<Supervisor>) {
     loop {
-        if let Err(failure) = look(&supervisor) {
-            tracing::error!("no run of a schedule begins: {failure}");
+        // libvirt is asked for its domains, and may not answer at once.
+        let own = Arc::clone(&supervisor);
+        match tokio::task::spawn_blocking(move || look(&own)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(failure)) => tracing::error!("no run of a schedule begins: {failure}"),
+            Err(e) => tracing::error!("no run of a schedule begins: {e}"),
         }
         tokio::time::sleep(LOOK_INTERVAL).await;
     }
