@@ -18,7 +18,8 @@ use crate::failure::{Failure, Outcome};
 use crate::policy::notify::{self, Event};
 use crate::policy::retention::Clock;
 use crate::policy::schedule::{self, DueRun};
-use crate::state::{JobKind, JobRecord, JobState, marks};
+use crate::state::locks::{Lock, LockKey};
+use crate::state::{JobId, JobKind, JobRecord, JobState, marks};
 
 /// Schedules are in minutes; nobody waits for the seconds.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
@@ -50,9 +51,14 @@ fn look(supervisor: &Arc<Supervisor>) -> Outcome<()> {
     if context.config.schedule.is_empty() {
         return Ok(());
     }
+    // A timer's `schedule run` deals with what is due for as long as it holds this.
+    let (key, now) = (LockKey::schedules(), Timestamp::now());
+    let Ok(_one_at_a_time) = Lock::take(&context.state, &key, &JobId::new(now)?, "look") else {
+        return Ok(());
+    };
     let before = marks::load(&context.state);
     let vms = known_vms(&context.config);
-    let tick = schedule::tick(&context.config, &vms, &before, Timestamp::now());
+    let tick = schedule::tick(&context.config, &vms, &before, now);
     // What is not remembered would begin again.
     if tick.marks != before {
         marks::save(&context.state, &tick.marks)?;
