@@ -3,6 +3,7 @@
 //! `args` holds the flags and their help; nothing beyond this module sees clap.
 
 pub mod args;
+mod policy_args;
 mod vm_args;
 
 use std::io::IsTerminal as _;

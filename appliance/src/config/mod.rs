@@ -300,7 +300,6 @@ fn default_sendmail() -> Vec<String> {
 /// Where the daemon listens.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[allow(dead_code)] // Checked here, used by the daemon.
 pub struct ApiConfig {
     /// The unix socket.
     #[serde(default = "default_socket")]
@@ -335,7 +334,6 @@ fn default_socket() -> PathBuf {
 /// Files for TLS.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[allow(dead_code)] // Checked here, used by the daemon.
 pub struct TlsConfig {
     /// The certificate chain, PEM.
     pub certificate: PathBuf,
@@ -358,7 +356,6 @@ pub enum Role {
 /// A token.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[allow(dead_code)] // Checked here, used by the daemon.
 pub struct TokenConfig {
     /// What it allows.
     pub role: Role,
