@@ -159,14 +159,6 @@ impl TestVm {
         self.monitor()?.execute("block_resize", arguments).map(drop)
     }
 
-    /// Changes what the storage of a disk moves in a second; see [`Disk::bandwidth`].
-    pub fn set_bandwidth(&self, id: &str, bytes_per_second: u64) -> Result<()> {
-        let path = format!("/objects/{}-limit", self.node(id)?);
-        let limits = json!({ "bps-total": bytes_per_second });
-        let arguments = json!({ "path": path, "property": "limits", "value": limits });
-        self.monitor()?.execute("qom-set", arguments).map(drop)
-    }
-
     /// Runs a shell command in the guest; a status other than 0 is a failure.
     pub fn guest(&self, command: &str) -> Result<String> {
         self.shell()?.run(command)

@@ -37,6 +37,10 @@ const RATE_FREE: u64 = 4 << 30;
 /// front of the guest's next one.
 const RATE_OF_ONE_REQUEST: u64 = 32 << 20;
 
+/// A judged stretch of time holds what the backup asks for in it, several requests of 1 MiB: between
+/// two of them the guest is fast, and behind one it is slow.
+const JUDGED_BYTES: u64 = 4 << 20;
+
 /// Without an answered request for so long the guest asks for nothing. Longer than the two seconds
 /// that one of its writes may hang in the filter: a write that hangs is not counted yet.
 const IDLE_AFTER: Duration = Duration::from_secs(3);
@@ -231,6 +235,9 @@ impl Governor {
             self.enter(Stage::Steer, now);
             return None;
         }
+        if now.saturating_sub(self.gathering_since) < self.stretch() {
+            return None;
+        }
         let gathered = self.gathered.clone();
         match self.baseline.slowdown(&gathered, OPERATIONS_MIN) {
             Some(slowdown) => self.judge(now, slowdown, gathered.mean_ms()),
@@ -255,6 +262,12 @@ impl Governor {
             }
             None => None,
         }
+    }
+
+    /// Least time that is judged as one.
+    fn stretch(&self) -> Duration {
+        let seconds = |rate: u64| JUDGED_BYTES as f64 / rate as f64;
+        self.rate.map_or(Duration::ZERO, |rate| Duration::from_secs_f64(seconds(rate)))
     }
 
     fn judge(&mut self, now: Duration, slowdown: f64, mean_ms: f64) -> Option<Order> {
@@ -332,7 +345,7 @@ impl Governor {
     /// Measures the guest alone.
     fn pause(&mut self, now: Duration, since: Duration, slowdown: f64, window: &Window) {
         let past = now.saturating_sub(since);
-        if past > SETTLE {
+        if past > 2 * SETTLE {
             self.gathered.add(window);
         }
         if past < PAUSE_MAX && self.gathered.operations() < PAUSE_OPERATIONS {
