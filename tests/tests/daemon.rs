@@ -137,6 +137,7 @@ fn jobs_survive_the_daemon() -> Result<()> {
     icecore.prove_point(&vm, text(&done, "point")?, &reference)?;
     daemon.wait_for(&waiting, "succeeded")?;
     // Told to end, it leaves what runs alone, too.
+    vm.fill("d0", 3, 0, 24 * MIB)?;
     let third = slow_backup(&daemon, &vm, "1M/s")?;
     let config = daemon.config().to_owned();
     daemon.signal(Signal::TERM);
