@@ -34,9 +34,10 @@ impl Suite {
     pub fn run(&self) -> Result<()> {
         setup::run(self.long)?;
         sweep()?;
-        // By the profile of tests, so that nothing is compiled twice.
-        timed("icecore", || shown(&mut cargo(&["build", "--profile", "test", "-p", "icecore"])))?;
-        timed("tests (build)", || shown(&mut cargo(&["test", "--workspace", "--no-run", "-q"])))?;
+        // In one go and by the profile of tests: for the command alone cargo would choose other
+        // features of what it depends on, and compile all of that twice.
+        let all = ["build", "--workspace", "--all-targets", "--profile", "test"];
+        timed("icecore and tests", || shown(&mut cargo(&all)))?;
         if self.filter.is_none() {
             fuzz::smoke()?;
         }

@@ -3,7 +3,11 @@
 //! `args` holds the flags and their help; nothing beyond this module sees clap.
 
 pub mod args;
+mod backup_args;
+mod host_args;
 mod policy_args;
+mod repository_args;
+mod restore_args;
 mod vm_args;
 
 use std::io::IsTerminal as _;

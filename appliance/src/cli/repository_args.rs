@@ -1,0 +1,147 @@
+//! Flags of the commands on a repository and its points.
+
+use clap::{Args, Subcommand};
+
+use super::args::RepoArgs;
+use crate::names;
+
+#[derive(Debug, Subcommand)]
+pub enum RepoCommand {
+    /// Make a new repository
+    #[command(after_help = "Example:\n  icecore repo init /backup --compression zstd:3")]
+    Init(RepoInitArgs),
+    /// Describe a repository
+    #[command(after_help = "Example:\n  icecore repo info /backup")]
+    Info {
+        /// Repository
+        #[arg(env = "ICECORE_REPO")]
+        repo: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct RepoInitArgs {
+    /// Where: a directory that is empty or does not exist
+    #[arg(env = "ICECORE_REPO")]
+    pub repo: String,
+    /// Size of a block, a power of two
+    #[arg(long, value_name = "SIZE", value_parser = names::size, default_value = "64K")]
+    pub block_size: u64,
+    /// zstd:LEVEL or none
+    #[arg(long, value_name = "CODEC", default_value = "zstd:1")]
+    pub compression: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PointCommand {
+    /// List points
+    #[command(after_help = "Example:\n  icecore point list vm1 --repo /backup")]
+    List {
+        /// Only this VM's
+        vm: Option<String>,
+        #[command(flatten)]
+        repo: RepoArgs,
+    },
+    /// Everything about one point
+    #[command(after_help = "Example:\n  icecore point show latest --repo /backup")]
+    Show(PointArgs),
+    /// Delete a point; all others stay restorable
+    #[command(after_help = "Example:\n  icecore point delete latest~3 --repo /backup")]
+    Delete {
+        #[command(flatten)]
+        point: PointArgs,
+        /// Delete what grew from it, too
+        #[arg(long)]
+        with_descendants: bool,
+    },
+    /// Keep a point from being deleted
+    #[command(after_help = "Example:\n  icecore point protect latest --repo /backup")]
+    Protect(PointArgs),
+    /// Allow a point to be deleted again
+    #[command(after_help = "Example:\n  icecore point unprotect latest --repo /backup")]
+    Unprotect(PointArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct PointArgs {
+    /// Point: an id, a unique prefix, latest, latest~N
+    pub point: String,
+    /// For `latest`: of this VM
+    #[arg(long, value_name = "NAME")]
+    pub vm: Option<String>,
+    #[command(flatten)]
+    pub repo: RepoArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ChainCommand {
+    /// List chains
+    #[command(after_help = "Example:\n  icecore chain list --repo /backup")]
+    List {
+        /// Only this VM's
+        vm: Option<String>,
+        #[command(flatten)]
+        repo: RepoArgs,
+    },
+    /// Delete a chain with all its points
+    #[command(after_help = "Example:\n  icecore chain delete CHAIN --repo /backup")]
+    Delete {
+        /// The chain's id
+        chain: String,
+        #[command(flatten)]
+        repo: RepoArgs,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct DiffArgs {
+    /// The older point
+    pub from: String,
+    /// The newer point
+    pub to: String,
+    /// For `latest`: of this VM
+    #[arg(long, value_name = "NAME")]
+    pub vm: Option<String>,
+    #[command(flatten)]
+    pub repo: RepoArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// Only this point
+    pub point: Option<String>,
+    #[command(flatten)]
+    pub repo: RepoArgs,
+    /// Read and decode every block
+    #[arg(long, conflicts_with = "sample")]
+    pub read_data: bool,
+    /// Read and decode so many per cent of the blocks
+    #[arg(long, value_name = "PERCENT", value_parser = percent)]
+    pub sample: Option<f64>,
+}
+
+#[derive(Debug, Args)]
+pub struct GcArgs {
+    #[command(flatten)]
+    pub repo: RepoArgs,
+    /// Say what would go, delete nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum CatalogCommand {
+    /// Make the cache anew from the repository
+    #[command(after_help = "Example:\n  icecore catalog rebuild --repo /backup")]
+    Rebuild {
+        #[command(flatten)]
+        repo: RepoArgs,
+    },
+}
+
+fn percent(text: &str) -> Result<f64, String> {
+    match text.trim_end_matches('%').parse::<f64>() {
+        Ok(value) if (0.0..=100.0).contains(&value) => Ok(value),
+        _ => Err("a percentage is a number from 0 to 100".into()),
+    }
+}
