@@ -11,7 +11,7 @@ mod window;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use icecore_io_engine::Pacing;
+use icecore_io_engine::{Pace, Pacing};
 use icecore_qmp::guardian::GuardianClient;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
@@ -22,6 +22,9 @@ use crate::failure::Failure;
 
 /// How often the guest is looked at.
 const LOOK: Duration = Duration::from_millis(250);
+/// While the guest cannot be seen nobody knows how it fares, so the pace is the least. It is never a
+/// pause: that QEMU is gone only a request finds out.
+const UNSEEN: Pace = Pace { bytes_per_second: Some(core::RATE_MIN), in_flight: 1 };
 /// Longest wait for an answer of the guardian, which waits 500 ms for QEMU's. A guest that is not
 /// seen in time is looked at again.
 const ANSWER_WAIT: Duration = Duration::from_secs(1);
@@ -161,25 +164,28 @@ async fn govern(guest: Guest, pacing: Arc<Pacing>, shared: Arc<Mutex<Shared>>) {
     let started = Instant::now();
     let mut pace = None;
     loop {
-        if let Some(counted) = guest.counted().await {
-            let mut shared = locked(&shared);
-            let Some(governor) = &mut shared.governor else { return };
-            match governor.look(started.elapsed(), counted, pacing.asked_bytes()) {
-                Order::Pace(now) if pace != Some(now) => {
-                    tracing::info!(
-                        bytes_per_second = now.bytes_per_second,
-                        in_flight = now.in_flight,
-                        "pace for the guest's sake"
-                    );
-                    pacing.govern(now);
-                    pace = Some(now);
-                }
-                Order::Pace(_) => {}
-                Order::GiveUp(why) => {
-                    shared.gave_up = Some(why);
-                    pacing.close();
-                    return;
-                }
+        let order = match guest.counted().await {
+            None => Order::Pace(UNSEEN),
+            Some(counted) => match &mut locked(&shared).governor {
+                Some(governor) => governor.look(started.elapsed(), counted, pacing.asked_bytes()),
+                None => return,
+            },
+        };
+        match order {
+            Order::Pace(now) if pace != Some(now) => {
+                tracing::info!(
+                    bytes_per_second = now.bytes_per_second,
+                    in_flight = now.in_flight,
+                    "pace for the guest's sake"
+                );
+                pacing.govern(now);
+                pace = Some(now);
+            }
+            Order::Pace(_) => {}
+            Order::GiveUp(why) => {
+                locked(&shared).gave_up = Some(why);
+                pacing.close();
+                return;
             }
         }
         tokio::time::sleep(LOOK).await;
