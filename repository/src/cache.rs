@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::PathBuf;
 
 use crate::envelope::{self, Kind};
@@ -47,10 +48,13 @@ impl Cache {
     }
 
     fn replace(&self, name: &'static str, bytes: &[u8]) -> std::io::Result<()> {
-        fs::create_dir_all(&self.folder)?;
+        // Block ids tell whether a known content is there: only the owner may read them.
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
         // Two processes may write at once: each its own file, the last rename wins.
         let fresh = self.folder.join(format!(".{name}.{}", std::process::id()));
-        let written = fs::File::create(&fresh).and_then(|mut file| file.write_all(bytes));
+        let mut private = fs::OpenOptions::new();
+        private.write(true).create(true).truncate(true).mode(0o600);
+        let written = private.open(&fresh).and_then(|mut file| file.write_all(bytes));
         let replaced = written.and_then(|()| fs::rename(&fresh, self.folder.join(name)));
         if replaced.is_err() {
             // Best effort: what stays behind is overwritten by the next try.

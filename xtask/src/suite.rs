@@ -11,6 +11,9 @@ use crate::step::{Result, cargo, shown, target, timed};
 /// The guests of two tests keep two processors busy.
 const TEST_THREADS: &str = "--test-threads=2";
 
+/// Ignored, and no tests: the body of a process that tests start, and the writer of a fixture.
+const NO_TESTS: [&str; 2] = ["guardian_body", "write_a_fixture"];
+
 /// See [`sweep`].
 const LEFT_OVER_AFTER: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -44,7 +47,7 @@ impl Suite {
         let mut tests = cargo(&["test", "--workspace", "--no-fail-fast"]);
         tests.args(&self.filter).args(["--", TEST_THREADS]);
         if self.long {
-            tests.arg("--include-ignored");
+            tests.arg("--include-ignored").args(NO_TESTS.map(|name| format!("--skip={name}")));
         }
         // Last, so that a run ends with cargo's own closing lines.
         shown(&mut tests)
