@@ -59,7 +59,7 @@ impl Seen {
     pub fn look(context: &Context) -> Self {
         let repositories = context.config.repository.keys().map(|name| {
             let info = context.open_read_only(name).ok().and_then(|opened| opened.info().ok());
-            let facts = info.map(|info| (info.stored_bytes, info.points as u64));
+            let facts = info.map(|info| (info.stored_bytes, info.points));
             Repository { name: name.clone(), facts }
         });
         let repositories: Vec<_> = repositories.collect();

@@ -134,7 +134,7 @@ pub async fn after(supervisor: &Arc<Supervisor>, record: &JobRecord) {
 fn retain(context: &Context, schedule: &str, vm: &str) -> Outcome<Option<String>> {
     let tried = format!("prune the points of {vm}");
     let Some(schedule) = context.config.schedule.get(schedule) else { return Ok(None) };
-    let Some(keep) = schedule.retention.clone() else { return Ok(None) };
+    let Some(keep) = schedule.retention else { return Ok(None) };
     let name = schedule.repository.to_string();
     let repository = context.open(&name)?;
     let vm = VmName::new(vm).map_err(|e| Failure::usage(tried, e))?;
