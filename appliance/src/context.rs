@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use icecore_io_engine::EngineChoice;
+use icecore_repository::store::Address;
 use icecore_repository::{OpenOptions, Repository};
 
 use crate::cli::args::{Global, IoEngine};
@@ -65,28 +66,22 @@ impl Context {
         })
     }
 
-    /// The directory that `repo` names: a configured repository or a path.
-    pub fn repository_path(&self, repo: &str) -> Outcome<PathBuf> {
+    /// Where the repository `repo` is: the configured one of that name, or an address itself.
+    pub fn repository_address(&self, repo: &str) -> Outcome<Address> {
         let url = self.config.repository.get(repo).map_or(repo, |r| r.url.as_str());
-        match url.split_once("://") {
-            Some((scheme, _)) => Err(Failure::usage(
-                format!("open the repository {url}"),
-                format!("{scheme}:// is not built yet; repositories are directories for now"),
-            )
-            .next("name a directory (NFS mounts are directories, too)")),
-            None if url.is_empty() => Err(Failure::usage("open a repository", "its name is empty")),
-            None => Ok(PathBuf::from(url)),
-        }
+        url.parse().map_err(|e| {
+            Failure::usage(format!("open the repository {url:?}"), e)
+                .next("name a directory (NFS mounts are directories, too)")
+        })
     }
 
     /// The name under which a job remembers a repository: one that stays right in another working
     /// directory and after a change of the configuration.
     pub fn repository_name(&self, repo: &str) -> Outcome<String> {
-        let path = self.repository_path(repo)?;
-        let absolute = std::path::absolute(path);
+        let absolute = self.repository_address(repo)?.absolute();
         let absolute =
             absolute.map_err(|e| Failure::usage(format!("open the repository {repo}"), e))?;
-        Ok(absolute.display().to_string())
+        Ok(absolute.to_string())
     }
 
     /// Opens a repository for reading and writing.
@@ -100,9 +95,9 @@ impl Context {
     }
 
     fn open_with(&self, repo: &str, read_only: bool) -> Outcome<Repository> {
-        let path = self.repository_path(repo)?;
+        let address = self.repository_address(repo)?;
         let options = OpenOptions { cache_dir: Some(self.cache_dir.clone()), read_only };
-        Repository::open(&path, options)
+        Repository::open_at(&address, options)
             .map_err(|e| Failure::from_repository(format!("open the repository {repo}"), e))
     }
 }

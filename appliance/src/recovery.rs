@@ -216,12 +216,12 @@ async fn commit_state(context: &Context, record: &JobRecord) -> CommitState {
     let Some(point) = record.point.as_ref().and_then(|id| id.parse::<PointId>().ok()) else {
         return CommitState::NotCommitted;
     };
-    let Ok(path) = context.repository_path(&record.repository) else {
+    let Ok(address) = context.repository_address(&record.repository) else {
         return CommitState::Unknown;
     };
     let wanted = record.repository_id.clone();
     let asked = tokio::task::spawn_blocking(move || {
-        let repository = Repository::open(path, OpenOptions::default()).ok()?;
+        let repository = Repository::open_at(&address, OpenOptions::default()).ok()?;
         // Another repository at the same place knows nothing of this point.
         if wanted.is_some_and(|id| id != repository.id().to_string()) {
             return None;

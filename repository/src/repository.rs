@@ -17,7 +17,7 @@ use crate::names;
 use crate::point::Point;
 use crate::reader::DiskReader;
 use crate::resolve;
-use crate::store::{Access, DirectoryStore, Store};
+use crate::store::{Access, Address, Store};
 use crate::writers::Coordination;
 
 /// Parameters that are fixed when a repository is made.
@@ -91,10 +91,18 @@ impl Repository {
     /// # Errors
     /// `InitRefused` when something is there already, else the store's.
     pub fn init(path: impl AsRef<Path>, options: InitOptions) -> Result<Self> {
-        let path = path.as_ref();
-        refuse_occupied(path)?;
-        let store = Arc::new(DirectoryStore::create(path)?);
-        Self::init_on(store, options, jiff::Timestamp::now())
+        Self::init_at(&Address::Directory(path.as_ref().to_owned()), options)
+    }
+
+    /// Makes a repository at an address where there is nothing yet.
+    ///
+    /// # Errors
+    /// As [`init`](Self::init).
+    pub fn init_at(address: &Address, options: InitOptions) -> Result<Self> {
+        if let Address::Directory(path) = address {
+            refuse_occupied(path)?;
+        }
+        Self::init_on(address.create()?, options, jiff::Timestamp::now())
     }
 
     /// Makes a repository in any empty store.
@@ -125,18 +133,28 @@ impl Repository {
     /// # Errors
     /// `NotARepository` when there is none, `Unsupported` when a newer program made it.
     pub fn open(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
-        let path = path.as_ref();
+        Self::open_at(&Address::Directory(path.as_ref().to_owned()), options)
+    }
+
+    /// Opens the repository at an address.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_at(address: &Address, options: OpenOptions) -> Result<Self> {
         let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
         let none = |why: &str| Error::NotARepository {
-            location: path.display().to_string(),
+            location: address.to_string(),
             why: why.to_owned(),
         };
-        if path.exists() && !path.is_dir() {
+        if let Address::Directory(path) = address
+            && path.exists()
+            && !path.is_dir()
+        {
             return Err(none("it is no directory"));
         }
-        match DirectoryStore::open(path, access) {
-            Ok(store) => Self::open_on(Arc::new(store), options),
-            Err(error) if error.is_not_found() => Err(none("there is no such directory")),
+        match address.open(access) {
+            Ok(store) => Self::open_on(store, options),
+            Err(error) if error.is_not_found() => Err(none("there is nothing at this place")),
             Err(error) => Err(error.into()),
         }
     }

@@ -23,9 +23,9 @@ fn init(context: &Context, args: &RepoInitArgs) -> Outcome<u8> {
         block_size: BlockSize::new(args.block_size).map_err(|e| Failure::usage(&tried, e))?,
         compression: compression(&args.compression).map_err(|e| Failure::usage(&tried, e))?,
     };
-    let path = context.repository_path(&args.repo)?;
+    let address = context.repository_address(&args.repo)?;
     let repository =
-        Repository::init(&path, options).map_err(|e| Failure::from_repository(tried, e))?;
+        Repository::init_at(&address, options).map_err(|e| Failure::from_repository(tried, e))?;
     describe(context, &repository, &args.repo)
 }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use icecore_repository::Point;
+use icecore_repository::store::Address;
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
@@ -98,8 +99,7 @@ fn look_at(context: &Context, name: &str, points: &mut Vec<Point>) -> Outcome<Re
     let failed = |e| crate::failure::Failure::from_repository(format!("look at {name}"), e);
     points.extend(repository.points().map_err(failed)?);
     let info = repository.info().map_err(failed)?;
-    let path = context.repository_path(name)?;
-    let free = rustix::fs::statvfs(&path).ok().map(|fs| fs.f_bavail.saturating_mul(fs.f_frsize));
+    let free = free_bytes(&context.repository_address(name)?);
     Ok(RepositoryStatus {
         repository: name.to_owned(),
         points: info.points,
@@ -107,6 +107,13 @@ fn look_at(context: &Context, name: &str, points: &mut Vec<Point>) -> Outcome<Re
         free_bytes: free,
         error: None,
     })
+}
+
+/// What a repository may still take; no object store says so.
+fn free_bytes(address: &Address) -> Option<u64> {
+    let Address::Directory(path) = address else { return None };
+    let fs = rustix::fs::statvfs(path).ok()?;
+    Some(fs.f_bavail.saturating_mul(fs.f_frsize))
 }
 
 fn vms(

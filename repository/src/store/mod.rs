@@ -12,6 +12,7 @@
 //! 3. After an error of `write` or `finish` the writer is spent. A second fsync that succeeds says
 //!    nothing about what the first one lost.
 
+mod address;
 mod directory;
 mod error;
 mod fs;
@@ -19,6 +20,7 @@ mod sim;
 
 use std::fmt;
 
+pub use address::{Address, BadAddress};
 pub use directory::{Access, DirectoryStore};
 pub use error::{StoreError, StoreErrorKind};
 pub use fs::{DirEntry, FileSystem, FsFile, OsFileSystem};
