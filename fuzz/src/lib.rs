@@ -10,6 +10,8 @@ mod server;
 mod session;
 mod transmission;
 
+use std::path::Path;
+
 pub use handshake::nbd_handshake;
 pub use icecore_repository::testing::{repository_manifest, repository_map, repository_pack};
 pub use server::nbd_server;
@@ -30,6 +32,17 @@ pub const TARGETS: [(&str, Target); 8] = [
     ("repository_map", repository_map),
     ("repository_pack", repository_pack),
 ];
+
+/// The checked-in inputs: a folder a target.
+pub const CORPUS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/corpus");
+
+/// The inputs in a folder, in the order of their names.
+pub fn inputs(dir: &Path) -> Vec<Vec<u8>> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut paths: Vec<_> = entries.map(|entry| entry.path()).collect();
+    paths.sort();
+    paths.iter().filter_map(|path| std::fs::read(path).ok()).collect()
+}
 
 /// The text of an NBD URI.
 pub fn nbd_uri(data: &[u8]) {

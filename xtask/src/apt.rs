@@ -34,6 +34,12 @@ pub fn missing<'a>(packages: &[&'a str]) -> Vec<&'a str> {
     packages.iter().copied().filter(|package| installed(package).is_none()).collect()
 }
 
+/// Installs those packages that are not there.
+pub fn install_missing(packages: &[&str], source: Source) -> Result<()> {
+    let missing = missing(packages);
+    if missing.is_empty() { Ok(()) } else { install(&missing, source) }
+}
+
 /// Refreshes the lists of the configured sources.
 pub fn update() -> Result<()> {
     captured(apt_get(Source::Configured)?.arg("update")).map(drop)

@@ -53,8 +53,7 @@ pub fn for_demo() -> Result<()> {
 }
 
 fn install_tools(tools: &[&str]) -> Result<()> {
-    let missing = apt::missing(tools);
-    if missing.is_empty() { Ok(()) } else { apt::install(&missing, Source::Configured) }
+    apt::install_missing(tools, Source::Configured)
 }
 
 /// All QEMU packages have to come from one place: the one where those that are installed came

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use icecore_fuzz::{TARGETS, Target};
+use icecore_fuzz::{CORPUS, TARGETS, Target, inputs};
 
 /// Per target; mutations end then, the inputs themselves always all run.
 const TIME_PER_TARGET: Duration = Duration::from_secs(5);
@@ -12,7 +12,7 @@ const TIME_PER_TARGET: Duration = Duration::from_secs(5);
 const MUTATIONS: u64 = 20_000;
 
 fn main() {
-    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
+    let corpus = Path::new(CORPUS);
     for (name, target) in TARGETS {
         let inputs = inputs(&corpus.join(name));
         assert!(!inputs.is_empty(), "no inputs for {name}");
@@ -40,13 +40,6 @@ fn run_one(name: &str, target: Target, input: &[u8]) {
         eprintln!("{name} failed; its input is in {file}");
         std::process::exit(1);
     }
-}
-
-fn inputs(dir: &Path) -> Vec<Vec<u8>> {
-    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    let mut paths: Vec<_> = entries.map(|entry| entry.path()).collect();
-    paths.sort();
-    paths.iter().filter_map(|path| std::fs::read(path).ok()).collect()
 }
 
 /// One to four edits: a bit flipped, a byte set to an edge, a run repeated or taken out, an end cut.

@@ -10,6 +10,9 @@ use super::server::NbdServer;
 use super::{image, server};
 use crate::step::{Failure, Result, captured, cargo_target, program, target, timed};
 
+/// Icecore's state, in the folder of a run.
+const STATE: &str = "state";
+
 /// Where everything is.
 pub struct Lab {
     pub size: u64,
@@ -68,10 +71,23 @@ impl Lab {
         Ok(path)
     }
 
+    /// Removes what a group of rows has left; some 20 GiB each, where others want room.
+    pub fn sweep(&self) -> Result<()> {
+        for entry in std::fs::read_dir(&self.dir)? {
+            let path = entry?.path();
+            match path.is_dir() {
+                _ if path.ends_with(STATE) => {}
+                true => std::fs::remove_dir_all(path)?,
+                false => std::fs::remove_file(path)?,
+            }
+        }
+        Ok(())
+    }
+
     /// A subcommand of Icecore with the state of this run.
     pub fn icecore(&self, subcommand: &[&str]) -> Command {
         let mut command = Command::new(&self.icecore);
-        command.arg("--state-dir").arg(self.path("state")).args(["--json", "--quiet"]);
+        command.arg("--state-dir").arg(self.path(STATE)).args(["--json", "--quiet"]);
         command.args(subcommand).env_remove("ICECORE_REPO").env_remove("ICECORE_CACHE_DIR");
         command
     }

@@ -12,6 +12,7 @@ mod goals;
 mod guest;
 mod image;
 mod incremental;
+mod instructions;
 mod lab;
 mod libvirt;
 mod map;
@@ -93,6 +94,15 @@ pub struct Options {
     /// Take the release binaries as they are
     #[arg(long)]
     no_build: bool,
+    /// Instead: what extent algebra, blocks, packs and maps cost, each by itself
+    #[arg(long)]
+    micro: bool,
+    /// Instead: count the instructions of the parsers and compare them with the kept counts
+    #[arg(long)]
+    instructions: bool,
+    /// Keep the counts of --instructions
+    #[arg(long, requires = "instructions")]
+    save: bool,
 }
 
 /// The client that `bench` measures for the map of a million extents
@@ -120,8 +130,15 @@ struct Bench {
 impl Options {
     /// Makes the image, measures, prints.
     pub fn run(&self) -> Result<()> {
+        if self.micro {
+            let packages = ["bench", "-p", "icecore-nbd-client", "-p", "icecore-repository"];
+            return shown(cargo(&packages).args(["--bench", "extents", "--bench", "data"]));
+        }
+        if self.instructions {
+            return instructions::run(self.save);
+        }
         if self.install {
-            apt::install(&apt::missing(&PEERS), Source::Configured)?;
+            apt::install_missing(&PEERS, Source::Configured)?;
         }
         if !self.no_build {
             let mut build = cargo(&["build", "--release", "-p", "icecore", "-p", "xtask"]);
@@ -164,23 +181,29 @@ impl Bench {
             cat.args(["-c", "cat \"$@\" >/dev/null", "sh"]).arg(&self.lab.raw);
             captured(cat.arg(&self.lab.qcow2))?;
             full::rounds(self, rounds);
+            self.lab.sweep()?;
         }
         if self.wants(restore::ROWS)
             && let Some(repository) = restore::prepare(self)
         {
             (0..rounds).for_each(|_| restore::round(self, &repository));
+            self.lab.sweep()?;
         }
         if self.wants(incremental::rows()) {
             let mut disks = incremental::Disks::new(self)?;
             for _ in 0..rounds {
                 disks.round(self)?;
             }
+            drop(disks);
+            self.lab.sweep()?;
         }
         if self.wants(guest::ROWS) {
             guest::rounds(self, rounds);
+            self.lab.sweep()?;
         }
         if self.wants(scale::rows()) {
             scale::rounds(self, rounds);
+            self.lab.sweep()?;
         }
         if self.wants(map::ROWS)
             && let Some(mut wide) = map::Wide::new(self)
