@@ -17,13 +17,17 @@ pub struct Pace {
     pub bytes_per_second: Option<u64>,
     /// Requests under way at one time, over all lanes and disks; 0 is a pause.
     pub in_flight: u32,
+    /// Largest request, in bytes; a block is asked for in any case. A request of the guest waits
+    /// for the one of ours in front of it.
+    pub request_bytes: u32,
 }
 
 impl Pace {
     /// As fast as it goes.
-    pub const FREE: Self = Self { bytes_per_second: None, in_flight: u32::MAX };
+    pub const FREE: Self =
+        Self { bytes_per_second: None, in_flight: u32::MAX, request_bytes: u32::MAX };
     /// Nothing more is asked.
-    pub const PAUSE: Self = Self { bytes_per_second: None, in_flight: 0 };
+    pub const PAUSE: Self = Self { in_flight: 0, ..Self::FREE };
 
     /// The stricter of the two in each respect.
     fn and(self, other: Self) -> Self {
@@ -31,6 +35,7 @@ impl Pace {
         Self {
             bytes_per_second: rates.into_iter().flatten().min(),
             in_flight: self.in_flight.min(other.in_flight),
+            request_bytes: self.request_bytes.min(other.request_bytes),
         }
     }
 }
@@ -75,6 +80,12 @@ impl Pacing {
     /// Bytes asked for so far.
     pub fn asked_bytes(&self) -> u64 {
         self.locked().asked
+    }
+
+    /// Largest request that may be asked for now, in bytes.
+    pub(crate) fn request_bytes(&self) -> u32 {
+        let state = self.locked();
+        state.limit.and(state.governed).request_bytes
     }
 
     /// Nothing is asked for any more: what would ask ends with
@@ -221,7 +232,7 @@ mod tests {
 
     #[test]
     fn the_stricter_of_operator_and_governor_counts() {
-        let pace = |bytes, in_flight| Pace { bytes_per_second: bytes, in_flight };
+        let pace = |bytes, in_flight| Pace { bytes_per_second: bytes, in_flight, ..Pace::FREE };
         assert_eq!(pace(Some(5), 3).and(pace(None, 9)), pace(Some(5), 3));
         assert_eq!(pace(Some(5), 3).and(pace(Some(4), u32::MAX)), pace(Some(4), 3));
         assert_eq!(Pace::FREE.and(Pace::PAUSE), Pace::PAUSE);

@@ -24,7 +24,11 @@ use crate::failure::Failure;
 const LOOK: Duration = Duration::from_millis(250);
 /// While the guest cannot be seen nobody knows how it fares, so the pace is the least. It is never a
 /// pause: that QEMU is gone only a request finds out.
-const UNSEEN: Pace = Pace { bytes_per_second: Some(core::RATE_MIN), in_flight: 1 };
+const UNSEEN: Pace = Pace {
+    bytes_per_second: Some(core::RATE_MIN),
+    in_flight: 1,
+    request_bytes: core::REQUEST_BYTES,
+};
 /// Longest wait for an answer of the guardian, which waits 500 ms for QEMU's. A guest that is not
 /// seen in time is looked at again.
 const ANSWER_WAIT: Duration = Duration::from_secs(1);

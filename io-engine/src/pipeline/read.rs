@@ -184,7 +184,8 @@ impl Shared<'_> {
             }
             let mut first = run.first;
             while first < run.first + run.count {
-                let count = self.per_request.min(run.first + run.count - first);
+                let paced = self.disk.per_request(self.halt.control.pacing.request_bytes());
+                let count = self.per_request.min(paced).min(run.first + run.count - first);
                 let piece = Run { first, count, ..run };
                 self.ask(seq, piece, prepare, feed)?;
                 first += count;
@@ -336,6 +337,7 @@ mod tests {
     }
 
     /// A pause holds requests back, not the sign of life: nobody may take the run for stalled.
+    /// After it requests are as small as they are asked to be.
     #[test]
     fn a_paused_run_asks_for_nothing_and_shows_life() {
         let size = 8u64 << 20;
@@ -349,7 +351,11 @@ mod tests {
             control.pacing.govern(Pace::PAUSE);
             let disk = Blocks { size, block: 65536 };
             let job = Job {
-                prepare: |_| Ok(()),
+                prepare: |run: Run| {
+                    // The first piece was cut before the pace was set.
+                    assert!(run.first == 0 || run.count <= 2, "{run:?}");
+                    Ok(())
+                },
                 workers: vec![|_: Piece<'_, ()>| Ok(((), 0))],
                 sink: |_, _: Option<()>| Ok(()),
                 purpose: Purpose::Hash,
@@ -365,7 +371,11 @@ mod tests {
                     wait(0);
                     wait(pulse());
                     assert_eq!(control.progress.read_bytes.load(Relaxed), 0);
-                    control.pacing.govern(Pace { bytes_per_second: None, in_flight: 1 });
+                    control.pacing.govern(Pace {
+                        in_flight: 1,
+                        request_bytes: 128 << 10,
+                        ..Pace::FREE
+                    });
                 });
                 let plan = Planner::new(crate::prove::whole_disk(size), disk);
                 read(&mut set, disk, plan, &options, job).unwrap();

@@ -13,6 +13,11 @@ use crate::step::{Failure, Result, captured, cargo_target, program, target, time
 /// Icecore's state, in the folder of a run.
 const STATE: &str = "state";
 
+/// What a run needs beside a tenth of the file system, which Icecore's scratch leaves free, in times
+/// of the data: images and the peers' first points, and what borg and restic add in a round.
+const ROOM_ONCE: u64 = 6;
+const ROOM_A_ROUND: u64 = 2;
+
 /// Where everything is.
 pub struct Lab {
     pub size: u64,
@@ -26,13 +31,14 @@ pub struct Lab {
 
 impl Lab {
     /// Makes the reference image where it is not there from a run before.
-    pub fn new(size: u64, data: u64) -> Result<Self> {
+    pub fn new(size: u64, data: u64, rounds: u32) -> Result<Self> {
         let base = target().join("bench");
         let dir = base.join("run");
         if dir.exists() {
             std::fs::remove_dir_all(&dir)?;
         }
         std::fs::create_dir_all(&dir)?;
+        require_room(&dir, data.saturating_mul(ROOM_ONCE + ROOM_A_ROUND * u64::from(rounds)))?;
         let name = format!("reference-{}M-{}M", size >> 20, data >> 20);
         let (raw, qcow2) = (base.join(&name).with_extension("raw"), base.join(name + ".qcow2"));
         let icecore = cargo_target().join("release/icecore");
@@ -170,4 +176,20 @@ pub fn has(name: &str) -> bool {
 /// Fails with a word when a program is not there.
 pub fn require(name: &str) -> Result<()> {
     if has(name) { Ok(()) } else { Err(Failure::new(format!("{name} is not installed"))) }
+}
+
+/// Rows that fail for want of room after half an hour are of no use.
+fn require_room(dir: &Path, needed: u64) -> Result<()> {
+    let fs = rustix::fs::statvfs(dir).map_err(|error| Failure::new(error.to_string()))?;
+    let free = fs.f_bavail.saturating_sub(fs.f_blocks / 10).saturating_mul(fs.f_frsize);
+    if free >= needed {
+        return Ok(());
+    }
+    Err(Failure::new(format!(
+        "this takes {} GiB below {} beside a tenth of the file system, and there are {}: measure \
+         fewer --rounds, or less --data",
+        needed >> 30,
+        dir.display(),
+        free >> 30
+    )))
 }

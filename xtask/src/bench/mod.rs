@@ -144,7 +144,7 @@ impl Options {
             let mut build = cargo(&["build", "--release", "-p", "icecore", "-p", "xtask"]);
             timed("build", || shown(&mut build))?;
         }
-        let lab = Lab::new(self.size, self.data)?;
+        let lab = Lab::new(self.size, self.data, self.rounds)?;
         let mut bench = Bench {
             lab,
             table: Table::default(),
