@@ -69,6 +69,13 @@ impl Catalog {
         Ok(entries.points.values().cloned().collect())
     }
 
+    /// The points called `ids`, without a look at the cache of all.
+    pub(crate) fn some(&self, inner: &Inner, ids: &BTreeSet<PointId>) -> Result<Vec<Point>> {
+        let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        ids.iter().try_for_each(|id| entries.learn(inner, id))?;
+        Ok(ids.iter().filter_map(|id| entries.points.get(id).cloned()).collect())
+    }
+
     /// For each of `wanted` the newest of the points called `ids` that counts and that it says yes
     /// to.
     pub(crate) fn newest<F: Fn(&Point) -> bool>(

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use crate::dedup::{DedupIndex, LazyDedup};
+use crate::dedup::{DedupIndex, LazyDedup, SAVED_PACKS_MAX, SAVED_POINTS_MAX};
 use crate::encoder::Encoders;
 use crate::envelope::Kind;
 use crate::error::{Damage, DamageKind, Error, Result};
@@ -13,7 +13,7 @@ use crate::ids::{ChainId, DiskId, PackId, PointId, VmName, WriterId};
 use crate::manifest::{self, Receipt};
 use crate::map::{Below, MapView, RunDraft, RunReader, fold, merge_count};
 use crate::names;
-use crate::point::{DiskSummary, Point, PointDisk, PointMeta};
+use crate::point::{DiskSummary, Location, Origin, Point, PointDisk, PointMeta};
 use crate::reader::open_runs;
 use crate::repository::{Inner, Repository, random};
 use crate::session::{FinishedDisk, Session};
@@ -43,11 +43,19 @@ pub struct BeginPoint {
     pub now: Timestamp,
 }
 
+/// What a new point is called, and where it comes from.
+pub(crate) struct NewPoint {
+    pub(crate) point: PointId,
+    pub(crate) chain: ChainId,
+    pub(crate) origin: Option<Origin>,
+}
+
 /// A point being written. Dropping it is [`abort`](Self::abort).
 pub struct PointWriter {
     session: Arc<Session>,
     chain: ChainId,
     vm: VmName,
+    origin: Option<Origin>,
     writer_id: WriterId,
     announcement: Option<Announcement>,
 }
@@ -58,21 +66,30 @@ impl Repository {
     /// # Errors
     /// `NotFound` when the chain has no point of this VM; `ReadOnly`; the store's.
     pub fn begin_point(&self, begin: BeginPoint) -> Result<PointWriter> {
+        let purpose = format!("a point of {}", begin.vm);
+        self.announced(begin.vm.clone(), purpose, || self.name_point(&begin))
+    }
+
+    /// Begins a point of which `decide` says what it is called, once the writer is announced.
+    pub(crate) fn announced(
+        &self,
+        vm: VmName,
+        purpose: String,
+        decide: impl FnOnce() -> Result<NewPoint>,
+    ) -> Result<PointWriter> {
         self.inner.refuse_read_only("write a point")?;
         let writer_id = WriterId::from_random(u128::from_le_bytes(random()?));
         let record = WriterRecord {
             writer: writer_id.clone(),
             host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
-            purpose: format!("a point of {}", begin.vm),
+            purpose,
             life: Life::of_this_process(),
         };
         let announcement = self.inner.coordination.announce(&record)?;
-        match self.prepare(&begin, &announcement) {
-            Ok((point, chain, dedup, quarantined)) => {
-                let session = Session::new(Arc::clone(&self.inner), point, dedup, quarantined);
-                let (session, vm) = (Arc::new(session), begin.vm);
-                let announcement = Some(announcement);
-                Ok(PointWriter { session, chain, vm, writer_id, announcement })
+        match decide().and_then(|new| Ok((self.session(&new.point, &announcement)?, new))) {
+            Ok((session, NewPoint { chain, origin, .. })) => {
+                let (session, announcement) = (Arc::new(session), Some(announcement));
+                Ok(PointWriter { session, chain, vm, origin, writer_id, announcement })
             }
             Err(error) => {
                 end(announcement);
@@ -81,11 +98,8 @@ impl Repository {
         }
     }
 
-    fn prepare(
-        &self,
-        begin: &BeginPoint,
-        announcement: &Announcement,
-    ) -> Result<(PointId, ChainId, LazyDedup, BTreeSet<PackId>)> {
+    /// The next id of the VM, and the chain.
+    fn name_point(&self, begin: &BeginPoint) -> Result<NewPoint> {
         let newest = self.newest_of(&begin.vm, None)?;
         if let ChainChoice::Existing(chain) = &begin.chain
             && newest.as_ref().is_none_or(|newest| &newest.chain != chain)
@@ -99,16 +113,25 @@ impl Repository {
             ChainChoice::New => ChainId::from(&point),
             ChainChoice::Existing(chain) => chain.clone(),
         };
+        Ok(NewPoint { point, chain, origin: None })
+    }
+
+    fn session(&self, point: &PointId, announcement: &Announcement) -> Result<Session> {
         let quarantined = self.inner.coordination.quarantined()?;
         let (inner, generation) = (Arc::clone(&self.inner), announcement.generation());
         let avoided = quarantined.clone();
         let dedup = LazyDedup::new(move || {
-            load_dedup(&inner, generation, &avoided).unwrap_or_else(|error| {
+            let index = load_dedup(&inner, generation, &avoided).unwrap_or_else(|error| {
                 tracing::warn!(%error, "the dedup cache is not used");
                 DedupIndex::new()
-            })
+            });
+            let learnt = learn(&inner, &index, &avoided).unwrap_or_else(|error| {
+                tracing::warn!(%error, "what others have stored lately is not made use of");
+                false
+            });
+            (index, learnt)
         });
-        Ok((point, chain, dedup, quarantined))
+        Ok(Session::new(Arc::clone(&self.inner), point.clone(), dedup, quarantined))
     }
 }
 
@@ -133,8 +156,44 @@ fn load_dedup(
     }
 }
 
-fn save_dedup(inner: &Inner, generation: Generation, dedup: &LazyDedup) {
-    if let (Some(cache), Some(table)) = (&inner.cache, dedup.save_if_more()) {
+/// Adds what the newest points have stored that this host does not know of, because others wrote them
+/// or because it knows nothing; says whether there were any. The writer is announced, so what points that count refer to stays.
+fn learn(inner: &Arc<Inner>, index: &DedupIndex, quarantined: &BTreeSet<PackId>) -> Result<bool> {
+    let repository = Repository { inner: Arc::clone(inner) };
+    let points = repository.news(SAVED_POINTS_MAX, |point| index.has_point(point))?;
+    let mut packs = Vec::new();
+    for point in points.iter().rev() {
+        for run in point.disks.iter().filter_map(|disk| disk.runs.first()) {
+            let run = RunReader::open(&inner.store, &inner.config.id, run);
+            packs.extend(unless_damaged(run.and_then(|run| run.packs()))?.unwrap_or_default());
+        }
+    }
+    let mut seen = BTreeSet::new();
+    packs
+        .retain(|pack| seen.insert(*pack) && !quarantined.contains(pack) && !index.has_pack(*pack));
+    packs.truncate(SAVED_PACKS_MAX);
+    // The newest last: it is forgotten last.
+    for pack in packs.into_iter().rev() {
+        let Some(toc) = unless_damaged(inner.tocs.get(inner, pack))? else { continue };
+        for (slot, frame) in (0..).zip(&toc.frames) {
+            index.insert(&frame.id, Location { pack, slot });
+        }
+    }
+    points.iter().for_each(|point| index.note_point(&point.id));
+    Ok(!points.is_empty())
+}
+
+/// What is damaged is of no use to a new point, and no reason not to take it.
+fn unless_damaged<T>(read: Result<T>) -> Result<Option<T>> {
+    match read {
+        Err(error) if error.damage().is_some() => Ok(None),
+        other => other.map(Some),
+    }
+}
+
+fn save_dedup(session: &Session, generation: Generation) {
+    let Some(cache) = &session.inner.cache else { return };
+    if let Some(table) = session.save_dedup() {
         let mut payload = generation.0.to_le_bytes().to_vec();
         payload.extend_from_slice(&table);
         cache.write(Kind::DEDUP, DEDUP_FILE, &payload);
@@ -166,6 +225,19 @@ impl PointWriter {
     /// from the first block on, so it is said before the first disk.
     pub fn limit_stored(&self, bytes: u64) {
         self.session.allow(bytes);
+    }
+
+    /// Packs of this point that are durable.
+    pub(crate) fn durable_packs(&self) -> u64 {
+        self.session.durable_packs()
+    }
+
+    /// Saves what is known of durable packs, so that the writer after a death of this one need not
+    /// store their blocks again, unless a gc comes between.
+    pub(crate) fn remember(&self) {
+        if let Some(announcement) = &self.announcement {
+            save_dedup(&self.session, announcement.generation());
+        }
     }
 
     /// Begins a disk. Several may be written at once, from several threads.
@@ -231,7 +303,8 @@ impl PointWriter {
         let sealed = self.seal(&point, &manifest, announcement.as_ref());
         sealed.map_err(|error| self.unknown(error))?;
         if let Some(announcement) = announcement {
-            save_dedup(&self.session.inner, announcement.generation(), &self.session.dedup);
+            self.session.dedup.note_point(&point.id);
+            save_dedup(&self.session, announcement.generation());
             end(announcement);
         }
         Ok(point)
@@ -270,6 +343,7 @@ impl PointWriter {
             chain: self.chain.clone(),
             parent: disks.iter().filter_map(|disk| disk.parent.clone()).max(),
             writer_id: self.writer_id.clone(),
+            origin: self.origin.clone(),
             parts: manifest::describe_parts(&meta.parts),
             new_bytes: disks.iter().map(|disk| disk.summary.new_bytes).sum(),
             stored_bytes: stored.bytes,

@@ -155,6 +155,12 @@ impl BlockDecoder {
         Ok(())
     }
 
+    /// Bytes of the disk that these entries hold.
+    pub(crate) fn raw_bytes(&self, entries: &[Entry]) -> u64 {
+        let of_one = |entry: &Entry| self.block_size().block_bytes(self.size_bytes, entry.index);
+        entries.iter().map(|entry| u64::from(of_one(entry))).sum()
+    }
+
     /// Where a block belongs in a buffer of `length` that begins with block `first` and is filled
     /// up to `position`.
     fn room(

@@ -4,12 +4,12 @@
 //! has begun another generation, and of what was saved only packs are kept that are seen to be
 //! there after the writer announced itself.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::error::{Damage, DamageKind, Result};
-use crate::ids::{BlockId, PackId};
+use crate::ids::{BlockId, PackId, PointId};
 use crate::point::Location;
 
 /// Known blocks: 128 Ki of 40 bytes make 5 MiB and cover 8 GiB of data in 64 KiB blocks.
@@ -18,8 +18,12 @@ const KNOWN_MAX: usize = 1 << 17;
 const WAYS: usize = 4;
 /// Packs that are saved for the next writer, newest first to go in: each costs one request when it
 /// is proven present, and so many hold about as many blocks as the table does.
-const SAVED_PACKS_MAX: usize = 64;
+pub(crate) const SAVED_PACKS_MAX: usize = 64;
+/// Points whose packs were looked at and that are remembered: the newest ones.
+pub(crate) const SAVED_POINTS_MAX: usize = 16;
 const SAVED_ENTRY_BYTES: usize = 40;
+/// Length of a point's id.
+const POINT_BYTES: usize = 14;
 const OBJECT: &str = "the dedup cache";
 
 #[derive(Clone, Copy)]
@@ -36,6 +40,8 @@ struct Table {
     known: Vec<Known>,
     packs: Vec<PackId>,
     numbers: HashMap<PackId, u32>,
+    /// What these have stored is in here, as far as there was room.
+    points: BTreeSet<PointId>,
 }
 
 /// The index; shared by encoders and the sink of one point.
@@ -44,11 +50,33 @@ pub(crate) struct DedupIndex(Mutex<Table>);
 impl DedupIndex {
     pub(crate) fn new() -> Self {
         let known = vec![NOTHING; KNOWN_MAX];
-        Self(Mutex::new(Table { known, packs: Vec::new(), numbers: HashMap::new() }))
+        let (packs, numbers, points) = Default::default();
+        Self(Mutex::new(Table { known, packs, numbers, points }))
+    }
+
+    /// Notes that what a point has stored is in here.
+    pub(crate) fn note_point(&self, point: &PointId) {
+        let mut table = self.lock();
+        table.points.insert(point.clone());
+        while table.points.len() > SAVED_POINTS_MAX {
+            table.points.pop_first();
+        }
+    }
+
+    pub(crate) fn has_point(&self, point: &PointId) -> bool {
+        self.lock().points.contains(point)
+    }
+
+    pub(crate) fn has_pack(&self, pack: PackId) -> bool {
+        self.lock().numbers.contains_key(&pack)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn find(&self, id: &BlockId) -> Option<Location> {
-        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = self.lock();
         let set = table.set(id);
         let at = set.iter().position(|known| &known.id == id)?;
         set[..=at].rotate_right(1);
@@ -57,7 +85,7 @@ impl DedupIndex {
     }
 
     pub(crate) fn insert(&self, id: &BlockId, location: Location) {
-        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = self.lock();
         let pack = table.number(location.pack);
         let set = table.set(id);
         let at = set.iter().position(|known| &known.id == id).unwrap_or(WAYS - 1);
@@ -65,18 +93,22 @@ impl DedupIndex {
         set[0] = Known { id: *id, pack, slot: location.slot };
     }
 
-    /// The newest packs with their blocks, to be saved.
-    pub(crate) fn save(&self) -> Vec<u8> {
-        let table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    /// The newest packs with their blocks, to be saved; of packs that `keep` says no to, none.
+    pub(crate) fn save(&self, keep: impl Fn(PackId) -> bool) -> Vec<u8> {
+        let table = self.lock();
         let first = table.packs.len().saturating_sub(SAVED_PACKS_MAX);
         let packs = &table.packs[first..];
-        let mut bytes = Vec::new();
+        // At most 16.
+        let mut bytes = (table.points.len() as u32).to_le_bytes().to_vec();
+        table.points.iter().for_each(|point| bytes.extend_from_slice(point.as_str().as_bytes()));
         // At most 64.
         bytes.extend_from_slice(&(packs.len() as u32).to_le_bytes());
         packs.iter().for_each(|pack| bytes.extend_from_slice(&pack.0));
+        let kept: Vec<bool> = packs.iter().map(|pack| keep(*pack)).collect();
         for known in &table.known {
-            let saved = known.pack as usize >= first && known.id != BlockId::ZERO;
-            if saved {
+            let place = (known.pack as usize).checked_sub(first);
+            let kept = place.is_some_and(|place| kept.get(place) == Some(&true));
+            if kept && known.id != BlockId::ZERO {
                 bytes.extend_from_slice(&known.id.0);
                 bytes.extend_from_slice(&(known.pack - first as u32).to_le_bytes());
                 bytes.extend_from_slice(&known.slot.to_le_bytes());
@@ -90,7 +122,7 @@ impl DedupIndex {
         bytes: &[u8],
         mut is_there: impl FnMut(PackId) -> Result<bool>,
     ) -> Result<Self> {
-        let (packs, entries) = parse(bytes)
+        let Saved { points, packs, entries } = parse(bytes)
             .ok_or_else(|| Damage::new(OBJECT, DamageKind::Inconsistent, "it is malformed"))?;
         let mut present = Vec::with_capacity(packs.len());
         for pack in packs {
@@ -98,6 +130,7 @@ impl DedupIndex {
             present.push(is_there(pack)?.then_some(pack));
         }
         let index = Self::new();
+        points.iter().for_each(|point| index.note_point(point));
         for entry in entries {
             let mut id = [0; 32];
             id.copy_from_slice(&entry[..32]);
@@ -119,10 +152,11 @@ pub(crate) struct LazyDedup {
     more: AtomicBool,
 }
 
-type Loader = Box<dyn FnOnce() -> DedupIndex + Send>;
+/// The index, and whether it holds more than what was saved.
+type Loader = Box<dyn FnOnce() -> (DedupIndex, bool) + Send>;
 
 impl LazyDedup {
-    pub(crate) fn new(load: impl FnOnce() -> DedupIndex + Send + 'static) -> Self {
+    pub(crate) fn new(load: impl FnOnce() -> (DedupIndex, bool) + Send + 'static) -> Self {
         let load: Loader = Box::new(load);
         let (index, more) = (OnceLock::new(), AtomicBool::new(false));
         Self { index, load: Mutex::new(Some(load)), more }
@@ -137,30 +171,53 @@ impl LazyDedup {
         self.index().insert(id, location);
     }
 
+    /// Notes the point that is being written, where something was learnt for it.
+    pub(crate) fn note_point(&self, point: &PointId) {
+        if self.more.load(Ordering::Relaxed) {
+            self.index().note_point(point);
+        }
+    }
+
     /// As [`DedupIndex::save`], where there is something new to save.
-    pub(crate) fn save_if_more(&self) -> Option<Vec<u8>> {
-        self.more.load(Ordering::Relaxed).then(|| self.index().save())
+    pub(crate) fn save_if_more(&self, keep: impl Fn(PackId) -> bool) -> Option<Vec<u8>> {
+        self.more.load(Ordering::Relaxed).then(|| self.index().save(keep))
     }
 
     fn index(&self) -> &DedupIndex {
         self.index.get_or_init(|| {
             let load = self.load.lock().unwrap_or_else(PoisonError::into_inner).take();
-            load.map_or_else(DedupIndex::new, |load| load())
+            let (index, more) = load.map_or_else(|| (DedupIndex::new(), false), |load| load());
+            self.more.fetch_or(more, Ordering::Relaxed);
+            index
         })
     }
 }
 
-type Saved<'a> = (&'a [[u8; 16]], &'a [[u8; SAVED_ENTRY_BYTES]]);
+struct Saved<'a> {
+    points: Vec<PointId>,
+    packs: &'a [[u8; 16]],
+    entries: &'a [[u8; SAVED_ENTRY_BYTES]],
+}
 
 fn parse(bytes: &[u8]) -> Option<Saved<'_>> {
     let (count, rest) = bytes.split_first_chunk::<4>()?;
+    let count = u32::from_le_bytes(*count) as usize;
+    if count > SAVED_POINTS_MAX {
+        return None;
+    }
+    let (points, rest) = rest.split_at_checked(count * POINT_BYTES)?;
+    let point = |id: &[u8]| std::str::from_utf8(id).ok()?.parse().ok();
+    let points: Option<Vec<PointId>> = points.chunks(POINT_BYTES).map(point).collect();
+    let (count, rest) = rest.split_first_chunk::<4>()?;
     let count = u32::from_le_bytes(*count) as usize;
     if count > SAVED_PACKS_MAX {
         return None;
     }
     let (packs, rest) = rest.split_at_checked(count * 16)?;
     let (entries, odd) = rest.as_chunks();
-    (odd.is_empty() && entries.len() <= KNOWN_MAX).then_some((packs.as_chunks().0, entries))
+    let packs = packs.as_chunks().0;
+    let fits = odd.is_empty() && entries.len() <= KNOWN_MAX;
+    Some(Saved { points: points?, packs, entries }).filter(|_| fits)
 }
 
 impl Table {
@@ -210,17 +267,27 @@ mod tests {
         for n in 0..100 {
             index.insert(&id(n), at((n % 2) as u8, n));
         }
-        let saved = index.save();
+        let saved = index.save(|_| true);
         let loaded = DedupIndex::load(&saved, |pack| Ok(pack == PackId([1; 16]))).unwrap();
         for n in 0..100 {
             assert_eq!(loaded.find(&id(n)), (n % 2 == 1).then(|| at(1, n)), "{n}");
         }
         for cut in 0..saved.len().min(200) {
             assert!(
-                DedupIndex::load(&saved[..cut], |_| Ok(true)).is_err() || cut % 40 == 36,
+                DedupIndex::load(&saved[..cut], |_| Ok(true)).is_err() || cut % 40 == 0,
                 "{cut}"
             );
         }
+    }
+
+    #[test]
+    fn points_that_were_looked_at_are_saved_the_newest_ones() {
+        let index = DedupIndex::new();
+        let point = |n: u32| PointId::next(jiff::Timestamp::UNIX_EPOCH, None, n);
+        (0..40).for_each(|n| index.note_point(&point(n)));
+        let loaded = DedupIndex::load(&index.save(|_| true), |_| Ok(true)).unwrap();
+        let kept = (0..40).filter(|n| loaded.has_point(&point(*n))).collect::<Vec<_>>();
+        assert_eq!(kept, (24..40).collect::<Vec<_>>());
     }
 
     #[test]
@@ -230,7 +297,7 @@ mod tests {
             index.insert(&id(n), at(n as u8, n));
         }
         let mut proven = 0;
-        let loaded = DedupIndex::load(&index.save(), |_| {
+        let loaded = DedupIndex::load(&index.save(|_| true), |_| {
             proven += 1;
             Ok(true)
         });

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::block::{BlockHasher, Packer, is_zero};
 use crate::error::Result;
+use crate::ids::BlockId;
 use crate::point::{Encoded, ParentBlock};
 use crate::session::Session;
 
@@ -48,12 +49,19 @@ impl BlockEncoder {
             return if same { Encoded::Same } else { Encoded::Zero };
         }
         let id = self.hasher.data_id(data);
-        if parent == ParentBlock::Data(id) {
-            return Encoded::Same;
-        }
-        match self.session.dedup.find(&id) {
-            Some(location) => Encoded::Known { id, location },
-            None => Encoded::New { id, frame: self.packer.pack(data) },
-        }
+        let new = || Encoded::New { id, frame: self.packer.pack(data) };
+        recognise(&self.session, &id, parent).unwrap_or_else(new)
     }
+
+    /// What can be said of a data block by its id alone: none where its bytes are needed.
+    pub(crate) fn recognise(&self, id: &BlockId, parent: ParentBlock) -> Option<Encoded> {
+        recognise(&self.session, id, parent)
+    }
+}
+
+fn recognise(session: &Session, id: &BlockId, parent: ParentBlock) -> Option<Encoded> {
+    if parent == ParentBlock::Data(*id) {
+        return Some(Encoded::Same);
+    }
+    session.dedup.find(id).map(|location| Encoded::Known { id: *id, location })
 }

@@ -173,6 +173,12 @@ pub enum Error {
         /// The first failure.
         why: String,
     },
+    /// The caller wanted it to end.
+    #[error("{what} was ended before it was done")]
+    Cancelled {
+        /// What was under way.
+        what: String,
+    },
     /// gc took this writer for dead; its point does not exist for any reader.
     #[error("writer {writer} of point {point} was revoked by a gc; begin a new point")]
     Revoked {

@@ -11,6 +11,7 @@ mod check;
 mod commit;
 mod config;
 mod content;
+mod copy;
 mod decoder;
 mod dedup;
 mod delete;
@@ -44,6 +45,7 @@ pub use check::{CheckError, CheckOptions, CheckProgress, CheckReport};
 pub use commit::{BeginPoint, ChainChoice, PointWriter};
 pub use config::FORMAT_VERSION;
 pub use content::ContentHasher;
+pub use copy::{Compared, Copied, CopiedDisk, CopyProgress};
 pub use decoder::BlockDecoder;
 pub use encoder::{BlockEncoder, Encoders};
 pub use error::{Damage, DamageKind, Error, Result};
@@ -55,7 +57,8 @@ pub use ids::{
 };
 pub use point::{
     CapsulePart, Consistency, ConsistencyLevel, DiskMeta, DiskMode, DiskSummary, Encoded, Entry,
-    Frame, Location, ParentBlock, PartInfo, Point, PointDisk, PointMeta, RunRef, WriterInfo,
+    Frame, Location, Origin, ParentBlock, PartInfo, Point, PointDisk, PointMeta, RunRef,
+    WriterInfo,
 };
 pub use reader::{Diff, DiskReader, Entries};
 pub use record::RecordState;

@@ -1,11 +1,13 @@
 //! What a point says about itself: everything here ends up in its manifest, and nothing is a path.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::geometry::BlockIndex;
 use crate::ids::{BlockId, ChainId, Checksum, ContentRoot, DiskId, PackId, PointId, RunId};
-use crate::ids::{VmName, WriterId};
+use crate::ids::{RepositoryId, VmName, WriterId};
 
 /// How consistent the captured instant is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -188,6 +190,19 @@ pub struct DiskSummary {
     pub map_bytes: u64,
 }
 
+/// Where a copied point was taken, whatever repositories it came through.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// The repository in which it was taken.
+    pub repository: RepositoryId,
+    /// Its id there.
+    pub point: PointId,
+    /// Its chain there.
+    pub chain: ChainId,
+    /// The content roots of its disks there.
+    pub roots: BTreeMap<DiskId, ContentRoot>,
+}
+
 /// A committed point.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Point {
@@ -202,6 +217,9 @@ pub struct Point {
     pub parent: Option<PointId>,
     /// Run of the writer that made it.
     pub writer_id: WriterId,
+    /// Where it was taken, if it is a copy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
     /// What the capture side said about it.
     pub meta: PointMeta,
     /// Its disks, in device order.

@@ -52,6 +52,16 @@ impl DiskReader {
         self.disk.content_root
     }
 
+    /// How many blocks it has.
+    pub(crate) fn blocks(&self) -> u64 {
+        self.blocks
+    }
+
+    /// What its map says of block after block, asked in ascending order.
+    pub(crate) fn cursor(&self) -> PageCursor {
+        PageCursor::new(&self.runs)
+    }
+
     /// The DATA blocks from `from` on, ascending; everything else is zero.
     #[must_use]
     pub fn entries(&self, from: BlockIndex) -> Entries {

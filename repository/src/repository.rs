@@ -89,7 +89,8 @@ impl Repository {
     /// Makes a repository in a directory that is empty or does not exist yet.
     ///
     /// # Errors
-    /// `InitRefused` when something is there already, else the store's.
+    /// `InitRefused` when something is there already, or the place cannot keep what a repository
+    /// promises; else the store's.
     pub fn init(path: impl AsRef<Path>, options: InitOptions) -> Result<Self> {
         Self::init_at(&Address::Directory(path.as_ref().to_owned()), options)
     }
@@ -102,7 +103,12 @@ impl Repository {
         if let Address::Directory(path) = address {
             refuse_occupied(path)?;
         }
-        Self::init_on(address.create()?, options, jiff::Timestamp::now())
+        let store = address.create()?;
+        address.probe().map_err(|unfit| Error::InitRefused {
+            location: address.to_string(),
+            why: unfit.to_string(),
+        })?;
+        Self::init_on(store, options, jiff::Timestamp::now())
     }
 
     /// Makes a repository in any empty store.
@@ -301,8 +307,8 @@ impl Repository {
         manifest::part(&point, parts, name)
     }
 
-    /// The point meant by `latest`, `latest~N`, a full id or a unique prefix, among those of `vm`
-    /// or of all.
+    /// The point meant by `latest`, `latest~N`, a full id (of a copy also that of its origin) or a
+    /// unique prefix, among those of `vm` or of all.
     ///
     /// # Errors
     /// `NotFound` or `Ambiguous`.
@@ -315,7 +321,14 @@ impl Repository {
         // quietly taken for the newest.
         ids.extend(self.damaged_points()?.into_iter().map(|(id, _)| id));
         ids.sort_unstable();
-        resolve::point(spec, &ids.iter().collect::<Vec<_>>())
+        resolve::point(spec, &ids.iter().collect::<Vec<_>>()).or_else(|error| {
+            // A copy is also found by the id that it had where it was taken.
+            let is_copy = |point: &&Point| {
+                point.origin.as_ref().is_some_and(|origin| origin.point.as_str() == spec)
+            };
+            let copy = points.iter().filter(of_vm).rfind(is_copy);
+            copy.map(|copy| copy.id.clone()).ok_or(error)
+        })
     }
 
     /// Points that were committed and not deleted, and whose manifests cannot be read any more.
@@ -363,6 +376,21 @@ impl Repository {
         let standing = self.inner.coordination.standing()?;
         let sees = |point: &Point| standing.sees(&point.id, &point.writer_id);
         self.inner.catalog.newest(&self.inner, &ids, |point| sees(point), wanted)
+    }
+
+    /// Of the `most` newest points those that are not `known`, the oldest first.
+    pub(crate) fn news(&self, most: usize, known: impl Fn(&PointId) -> bool) -> Result<Vec<Point>> {
+        let ids = self.point_ids(names::POINTS)?;
+        let new: BTreeSet<PointId> =
+            ids.into_iter().rev().take(most).filter(|id| !known(id)).collect();
+        if new.is_empty() {
+            return Ok(Vec::new());
+        }
+        // After the listing, never before, as everywhere.
+        let standing = self.inner.coordination.standing()?;
+        let mut points = self.inner.catalog.some(&self.inner, &new)?;
+        points.retain(|point| standing.sees(&point.id, &point.writer_id));
+        Ok(points)
     }
 
     /// The newest point of a VM, or of one of its chains.

@@ -139,8 +139,20 @@ impl Session {
         lock(&self.packs).number_if_not_durable(pack)
     }
 
+    /// The number of packs that are known to be durable.
+    pub(crate) fn durable_packs(&self) -> u64 {
+        lock(&self.packs).durable()
+    }
+
+    /// What is known of blocks in durable packs, to be saved, where it is more than was loaded.
+    pub(crate) fn save_dedup(&self) -> Option<Vec<u8>> {
+        // Held for so long, so that no pack is begun meanwhile.
+        let packs = lock(&self.packs);
+        self.dedup.save_if_more(|pack| packs.number_if_not_durable(pack).is_none())
+    }
+
     pub(crate) fn is_durable(&self, pack: u64) -> bool {
-        lock(&self.packs).durable() > pack
+        self.durable_packs() > pack
     }
 
     /// Makes all packs durable; returns packs and bytes written.

@@ -62,7 +62,7 @@ fn the_next_process_knows_what_the_last_one_stored() {
 }
 
 #[test]
-fn a_dedup_cache_that_is_gone_or_damaged_is_done_without() {
+fn a_dedup_cache_that_is_gone_or_damaged_is_learnt_again_from_the_newest_points() {
     let rig = Rig::new();
     whole(&rig, &model(1));
     let path = rig.cache_file("dedup");
@@ -78,9 +78,35 @@ fn a_dedup_cache_that_is_gone_or_damaged_is_done_without() {
     for spoil in spoil {
         spoil(&path);
         let point = whole(&rig, &model(1));
-        assert_eq!(new_blocks(&point), 100);
+        assert_eq!(new_blocks(&point), 0);
         prove(&rig.open(), &point, &disk("vda"), &model(1));
     }
+}
+
+/// Two hosts, each with a cache of its own.
+#[test]
+fn what_another_host_has_stored_since_is_known_without_its_cache() {
+    let rig = Rig::new();
+    let other = || {
+        let cache_dir = Some(rig.folder.path().join("cache of the other host"));
+        let options = OpenOptions { cache_dir, read_only: false };
+        Repository::open(rig.folder.path().join("repo"), options).unwrap()
+    };
+    let vda = disk("vda");
+    let write = |repo: &Repository, model: &Model| {
+        write_point(repo, ChainChoice::New, &vda, None, model, &all(model))
+    };
+    assert_eq!(new_blocks(&whole(&rig, &model(1))), 100);
+    assert_eq!(new_blocks(&write(&other(), &model(1))), 0);
+    // In turns, each with something of its own.
+    assert_eq!(new_blocks(&write(&other(), &model(5000))), 100);
+    assert_eq!(new_blocks(&whole(&rig, &model(5000))), 0);
+    // What was deleted is not learnt from.
+    let last = write(&other(), &model(9000));
+    other().delete_point(&last.id).unwrap();
+    let again = whole(&rig, &model(9000));
+    assert_eq!(new_blocks(&again), 100);
+    prove(&rig.open(), &again, &vda, &model(9000));
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! One suite that every store passes: the directory store on the real file system, and the same
-//! store on the simulated one.
+//! One suite that every store passes: the directory store on the real file system, the same store on
+//! the simulated one, and the one in memory.
 
 #![allow(clippy::unwrap_used)] // a test that panics has failed
 
@@ -7,7 +7,8 @@ use std::path::Path;
 use std::sync::{Arc, Barrier};
 
 use icecore_repository::store::{
-    Access, CrashMode, DirectoryStore, ObjectName, SimFileSystem, Store, StoreErrorKind,
+    Access, CrashMode, DirectoryStore, MemoryStore, ObjectName, SimFileSystem, Store,
+    StoreErrorKind,
 };
 
 fn name(text: &str) -> ObjectName {
@@ -170,6 +171,14 @@ fn the_simulated_store_conforms() {
         let fs = Arc::new(SimFileSystem::new());
         let store = |access| Box::new(DirectoryStore::on(fs.clone(), "sim", access));
         (store(Access::ReadWrite), store(Access::ReadOnly))
+    });
+}
+
+#[test]
+fn the_store_in_memory_conforms() {
+    conforms(&mut || {
+        let store = MemoryStore::new();
+        (Box::new(store.reopened(Access::ReadWrite)), Box::new(store.reopened(Access::ReadOnly)))
     });
 }
 

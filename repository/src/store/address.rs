@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use super::{Access, DirectoryStore, Store, StoreError};
+use super::probe::probe_directory;
+use super::{Access, DirectoryStore, Found, Store, StoreError, Unfit};
 
 /// The address of a store: the path of a directory, or an URL.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,6 +67,16 @@ impl Address {
         Ok(match self {
             Self::Directory(path) => Arc::new(DirectoryStore::open(path, access)?),
         })
+    }
+
+    /// Tries what a repository needs of the place, which must be there and writable.
+    ///
+    /// # Errors
+    /// [`Unfit`] when a repository there could lose what it reported as stored.
+    pub fn probe(&self) -> Result<Found, Unfit> {
+        match self {
+            Self::Directory(path) => probe_directory(path),
+        }
     }
 
     /// The store at this address, made if it is not there.

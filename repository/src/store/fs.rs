@@ -107,6 +107,15 @@ impl OsFileSystem {
         &self.root
     }
 
+    /// The number of the kind of file system, and its free bytes for this user.
+    pub(super) fn magic_and_room(&self) -> io::Result<(u64, u64)> {
+        let facts = rustix::fs::fstatfs(&self.directory)?;
+        // 32 bits, widened with their sign on some machines.
+        let magic = facts.f_type as u64 & 0xffff_ffff;
+        let block = u64::try_from(facts.f_bsize).unwrap_or(0);
+        Ok((magic, facts.f_bavail.saturating_mul(block)))
+    }
+
     fn open_for_reading(&self, path: &str) -> io::Result<File> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         Ok(File::from(rustix::fs::openat(&self.directory, path, flags, Mode::empty())?))

@@ -16,6 +16,8 @@ mod address;
 mod directory;
 mod error;
 mod fs;
+mod memory;
+mod probe;
 mod sim;
 
 use std::fmt;
@@ -24,6 +26,8 @@ pub use address::{Address, BadAddress};
 pub use directory::{Access, DirectoryStore};
 pub use error::{StoreError, StoreErrorKind};
 pub use fs::{DirEntry, FileSystem, FsFile, OsFileSystem};
+pub use memory::MemoryStore;
+pub use probe::{CreateOnly, Found, Unfit};
 pub use sim::{CallFault, CrashMode, SimFileSystem, Torn};
 
 /// Longest name of an object in bytes; fits every file system and object store we know of.
