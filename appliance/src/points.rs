@@ -19,6 +19,8 @@ pub struct Detail<'a> {
     row: PointRow,
     /// Points that grew from this one directly.
     dependants: Vec<String>,
+    /// Where a copied point was taken.
+    origin: Option<&'a icecore_repository::Origin>,
     capsule: &'a serde_json::Value,
     writer: &'a icecore_repository::WriterInfo,
     disk_facts: &'a [icecore_repository::DiskMeta],
@@ -35,6 +37,7 @@ pub fn detail<'a>(repository: &Repository, point: &'a Point) -> Result<Detail<'a
     Ok(Detail {
         row: PointRow::committed(point, repository.protected()?.contains(&point.id)),
         dependants,
+        origin: point.origin.as_ref(),
         capsule: &point.meta.capsule,
         writer: &point.meta.writer,
         disk_facts: &point.meta.disks,

@@ -1,6 +1,6 @@
 //! The `icecore` binary, run from outside.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -25,6 +25,19 @@ pub struct Icecore {
     scratch: Scratch,
     binary: PathBuf,
     repository: PathBuf,
+    /// What it takes to reach the repository.
+    environment: Vec<(String, OsString)>,
+}
+
+/// A repository somewhere, and what it takes to reach it.
+#[derive(Clone, Debug, Default)]
+pub struct Site {
+    /// Its address, as on the command line.
+    pub address: String,
+    /// Environment variables that every command gets.
+    pub environment: Vec<(String, OsString)>,
+    /// More arguments for `repo init`.
+    pub init: Vec<String>,
 }
 
 impl Icecore {
@@ -36,7 +49,27 @@ impl Icecore {
     /// With another binary, a fresh state folder and a fresh repository.
     pub fn with_binary(binary: PathBuf) -> Result<Self> {
         let scratch = Scratch::new()?;
-        Self { repository: scratch.join("repository"), binary, scratch }.init(&[])
+        let repository = scratch.join("repository");
+        Self { repository, binary, scratch, environment: Vec::new() }.init(&[])
+    }
+
+    /// With a fresh state folder and a new repository at a site.
+    pub fn at(site: &Site) -> Result<Self> {
+        let Site { address, environment, init } = site.clone();
+        let scratch = Scratch::new()?;
+        let icecore = Self { binary: binary()?, repository: address.into(), scratch, environment };
+        let arguments: Vec<&str> = init.iter().map(String::as_str).collect();
+        icecore.init(&arguments)
+    }
+
+    /// Another host with the same repository: it has nothing of this one's state.
+    pub fn another_host(&self) -> Result<Self> {
+        Ok(Self {
+            scratch: Scratch::new()?,
+            binary: self.binary.clone(),
+            repository: self.repository.clone(),
+            environment: self.environment.clone(),
+        })
     }
 
     /// With arguments of its own for `repo init`.
@@ -48,7 +81,7 @@ impl Icecore {
     pub fn without_repository() -> Result<Self> {
         let scratch = Scratch::new()?;
         let repository = scratch.join("repository");
-        Ok(Self { binary: binary()?, repository, scratch })
+        Ok(Self { binary: binary()?, repository, scratch, environment: Vec::new() })
     }
 
     fn init(self, arguments: &[&str]) -> Result<Self> {
@@ -82,6 +115,7 @@ impl Icecore {
         let mut command = Command::new(&self.binary);
         command.arg(subcommand).arg("--state-dir").arg(self.scratch.join("state"));
         command.env("ICECORE_CACHE_DIR", self.scratch.join("cache"));
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         Run { command }
     }
 

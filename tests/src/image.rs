@@ -1,7 +1,7 @@
 //! Disk images on the host, through qemu-img and plain files.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::process::Command;
 
@@ -22,6 +22,21 @@ pub fn create_qcow2(path: &Path, bytes: u64) -> Result<()> {
 /// A blank, sparse raw image.
 pub fn create_raw(path: &Path, bytes: u64) -> Result<()> {
     File::create(path).and_then(|file| file.set_len(bytes)).during(path.display())
+}
+
+/// A raw image of bytes that neither compress nor repeat, the same for the same seed.
+pub fn create_noise(path: &Path, bytes: u64, seed: u64) -> Result<()> {
+    let file = File::create(path).during(path.display())?;
+    let mut file = std::io::BufWriter::new(file);
+    // xorshift64*: nobody has to be surprised by it but zstd.
+    let mut state = seed | 1;
+    for _ in 0..bytes / 8 {
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        file.write_all(&state.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes())?;
+    }
+    Ok(file.flush()?)
 }
 
 /// A copy, holes included.

@@ -8,6 +8,7 @@
 //! Everything here ends with its owner: dropping a [`TestVm`], an [`Icecore`] run or a mount kills
 //! the process or takes the mount away, also when a test fails.
 
+mod acceptance;
 mod agent;
 mod daemon;
 mod disk;
@@ -27,13 +28,15 @@ mod shell;
 mod spec;
 mod vm;
 
+pub use acceptance::acceptance;
 pub use agent::{AgentProxy, Answers, agent_answers};
 pub use daemon::{Answer, Daemon};
 pub use disk::{Attach, Bus, Disk, Fs, Layout};
 pub use failure::{Failure, Result};
-pub use icecore::{Icecore, Outcome, Run, Started};
+pub use icecore::{Icecore, Outcome, Run, Site, Started};
 pub use image::{
-    compare, create_overlay, create_qcow2, create_raw, filesystem_check, image_to_raw, sha256_of,
+    compare, create_noise, create_overlay, create_qcow2, create_raw, filesystem_check,
+    image_to_raw, sha256_of,
 };
 pub use libvirt::{Domain, Libvirt};
 pub use monitor::Monitor;

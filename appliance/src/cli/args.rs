@@ -14,8 +14,8 @@ pub use super::policy_args::{
     RecordImportArgs, ScheduleCommand,
 };
 pub use super::repository_args::{
-    CatalogCommand, ChainCommand, CheckArgs, DiffArgs, GcArgs, PointArgs, PointCommand,
-    RepoCommand, RepoInitArgs,
+    COPY_EXAMPLES, CatalogCommand, ChainCommand, CheckArgs, CopyArgs, DiffArgs, GcArgs, PointArgs,
+    PointCommand, RepoCommand, RepoInitArgs,
 };
 pub use super::restore_args::{
     ExportArgs, FormatArg, RESTORE_EXAMPLES, ROLLBACK_EXAMPLES, RestartArg, RestoreArgs,
@@ -121,6 +121,9 @@ pub enum Command {
     /// Verify a repository or one point
     #[command(after_help = "Example:\n  icecore check --repo /backup --read-data")]
     Check(CheckArgs),
+    /// Copy points to another repository, only what it lacks
+    #[command(after_help = COPY_EXAMPLES)]
+    Copy(CopyArgs),
     /// Delete what no point needs any more
     #[command(after_help = "Example:\n  icecore gc --repo /backup --dry-run")]
     Gc(GcArgs),
@@ -222,7 +225,7 @@ impl Command {
             Self::Backup(args) => Some(of_vm(&args.vm)),
             Self::Rollback(args) => Some(of_vm(&args.vm)),
             Self::Prune(args) => Some(Some(args.vm.clone())),
-            Self::Restore(_) | Self::Check(_) | Self::Gc(_) => Some(None),
+            Self::Restore(_) | Self::Check(_) | Self::Gc(_) | Self::Copy(_) => Some(None),
             _ => None,
         }
     }

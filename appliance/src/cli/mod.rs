@@ -108,6 +108,7 @@ async fn dispatch(context: &Context, global: &Global, command: Command) -> Outco
         Command::Chain(command) => commands::chain::run(context, command),
         Command::Diff(args) => commands::diff::run(context, args),
         Command::Check(args) => commands::check::run(context, args).await,
+        Command::Copy(args) => commands::copy::run(context, args).await,
         Command::Gc(args) => commands::gc::run(context, args).await,
         Command::Catalog(command) => commands::repo::catalog(context, command),
         Command::Vm(command) => commands::vm::run(context, command).await,

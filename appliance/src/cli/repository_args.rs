@@ -10,6 +10,13 @@ pub enum RepoCommand {
     /// Make a new repository
     #[command(after_help = "Example:\n  icecore repo init /backup --compression zstd:3")]
     Init(RepoInitArgs),
+    /// Take up a repository on this host: what a new host runs after a disaster
+    #[command(after_help = "Example:\n  icecore repo open /backup")]
+    Open {
+        /// Repository
+        #[arg(env = "ICECORE_REPO")]
+        repo: String,
+    },
     /// Describe a repository
     #[command(after_help = "Example:\n  icecore repo info /backup")]
     Info {
@@ -118,6 +125,30 @@ pub struct CheckArgs {
     /// Read and decode so many per cent of the blocks
     #[arg(long, value_name = "PERCENT", value_parser = percent)]
     pub sample: Option<f64>,
+}
+
+/// Shown below the help of `copy`.
+pub const COPY_EXAMPLES: &str = "Examples:
+  icecore copy --vm vm1 --repo /backup --to /mnt/offsite
+  icecore copy latest --repo /backup --to /mnt/offsite
+  icecore copy --all --repo /backup --to /mnt/offsite --json";
+
+#[derive(Debug, Args)]
+pub struct CopyArgs {
+    /// This point: an id, a unique prefix, latest, latest~N
+    #[arg(required_unless_present_any = ["vm", "all"])]
+    pub point: Option<String>,
+    /// All points of this VM; with `latest`, its latest one
+    #[arg(long, value_name = "NAME")]
+    pub vm: Option<String>,
+    /// All points
+    #[arg(long, conflicts_with_all = ["point", "vm"])]
+    pub all: bool,
+    #[command(flatten)]
+    pub repo: RepoArgs,
+    /// The repository that they are copied to
+    #[arg(long, value_name = "REPO")]
+    pub to: String,
 }
 
 #[derive(Debug, Args)]

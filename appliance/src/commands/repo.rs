@@ -1,5 +1,6 @@
 //! `icecore repo` and `icecore catalog`.
 
+use icecore_repository::store::{CreateOnly, Found};
 use icecore_repository::{BlockSize, Compression, InitOptions, Repository};
 
 use crate::cli::OK;
@@ -13,6 +14,7 @@ use crate::output;
 pub fn run(context: &Context, command: RepoCommand) -> Outcome<u8> {
     match command {
         RepoCommand::Init(args) => init(context, &args),
+        RepoCommand::Open { repo } => super::repo_open::run(context, &repo),
         RepoCommand::Info { repo } => info(context, &repo),
     }
 }
@@ -26,24 +28,35 @@ fn init(context: &Context, args: &RepoInitArgs) -> Outcome<u8> {
     let address = context.repository_address(&args.repo)?;
     let repository =
         Repository::init_at(&address, options).map_err(|e| Failure::from_repository(tried, e))?;
-    describe(context, &repository, &args.repo)
+    // What init has found to be good enough, for people to see.
+    let found = address.probe().map_err(|e| Failure::failed("look at the new repository", e))?;
+    describe(context, &repository, &args.repo, Some(&found))
 }
 
 fn info(context: &Context, repo: &str) -> Outcome<u8> {
-    describe(context, &context.open_read_only(repo)?, repo)
+    describe(context, &context.open_read_only(repo)?, repo, None)
 }
 
-fn describe(context: &Context, repository: &Repository, name: &str) -> Outcome<u8> {
+fn describe(
+    context: &Context,
+    repository: &Repository,
+    name: &str,
+    found: Option<&Found>,
+) -> Outcome<u8> {
     let info = repository
         .info()
         .map_err(|e| Failure::from_repository(format!("describe the repository {name}"), e))?;
     if context.json {
-        output::json(&serde_json::json!({
+        let mut report = serde_json::json!({
             "id": info.id, "version": info.version, "block_size": info.block_size,
             "encrypted": info.encrypted, "compression": info.compression.to_string(),
             "points": info.points, "chains": info.chains, "logical_bytes": info.logical_bytes,
             "stored_bytes": info.stored_bytes, "packs": info.packs,
-        }))?;
+        });
+        if let Some(found) = found {
+            report["place"] = serde_json::json!(found);
+        }
+        output::json(&report)?;
         return Ok(OK);
     }
     output::print(&format!(
@@ -61,7 +74,26 @@ fn describe(context: &Context, repository: &Repository, name: &str) -> Outcome<u
         human_bytes(info.stored_bytes),
         info.packs,
     ))?;
+    found.map_or(Ok(()), print_place)?;
     Ok(OK)
+}
+
+/// What was found where the repository lies.
+fn print_place(found: &Found) -> Outcome<()> {
+    let by = match found.create_only {
+        CreateOnly::Link => "hard links",
+        CreateOnly::Rename => "renames that do not replace",
+    };
+    let mut text = format!(
+        "place        {}{}, {} free; new names by {by}; files and directories are synced\n",
+        found.file_system,
+        if found.network { " (network)" } else { "" },
+        human_bytes(found.free_bytes),
+    );
+    for note in &found.notes {
+        text += &format!("note         {note}\n");
+    }
+    output::print(&text)
 }
 
 fn compression(text: &str) -> Result<Compression, String> {

@@ -95,6 +95,7 @@ pub enum JobKind {
     Rollback,
     Check,
     Gc,
+    Copy,
 }
 
 impl JobKind {
@@ -106,6 +107,7 @@ impl JobKind {
             Self::Rollback => "rollback",
             Self::Check => "check",
             Self::Gc => "gc",
+            Self::Copy => "copy",
         }
     }
 }
@@ -122,7 +124,7 @@ pub enum JobStatus {
     Captured,
     /// A restore or a rollback is under way.
     Restoring,
-    /// A check or a gc is under way.
+    /// A check, a gc or a copy is under way.
     Running,
     /// Done.
     Available,
@@ -263,7 +265,7 @@ impl JobRecord {
         let status = match kind {
             JobKind::Backup => JobStatus::Creating,
             JobKind::Restore | JobKind::Rollback => JobStatus::Restoring,
-            JobKind::Check | JobKind::Gc => JobStatus::Running,
+            JobKind::Check | JobKind::Gc | JobKind::Copy => JobStatus::Running,
         };
         Self {
             job,

@@ -43,6 +43,11 @@ impl LockKey {
         Self(format!("file-{}", hashed(path.as_os_str().as_encoded_bytes())))
     }
 
+    /// Copying into the repository with this id: two would copy the same points.
+    pub fn copy_into(repository: &str) -> Self {
+        Self(format!("copy-{}", hashed(repository.as_bytes())))
+    }
+
     /// The domain of libvirt with this UUID.
     pub fn domain(uuid: &str) -> Self {
         Self(format!("domain-{}", hashed(uuid.as_bytes())))
