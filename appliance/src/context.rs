@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use icecore_io_engine::EngineChoice;
 use icecore_repository::store::Address;
-use icecore_repository::{OpenOptions, Repository};
+use icecore_repository::{KeyMaterial, OpenOptions, Repository};
 
 use crate::cli::args::{Global, IoEngine};
 use crate::config::Config;
@@ -14,6 +14,22 @@ use crate::state::{JobId, State};
 
 /// The least `--memory` with which the pipeline moves at all.
 const MEMORY_MIN: u64 = 32 << 20;
+
+/// Files with keys of encrypted repositories.
+#[derive(Debug, Clone, Default)]
+pub struct KeyFiles {
+    pub key_file: Option<PathBuf>,
+    pub passphrase_file: Option<PathBuf>,
+}
+
+impl KeyFiles {
+    /// Hands them on to a process of this program.
+    pub fn variables(&self) -> impl Iterator<Item = (&'static str, &PathBuf)> {
+        let key = self.key_file.as_ref().map(|file| ("ICECORE_KEY_FILE", file));
+        let phrase = self.passphrase_file.as_ref().map(|file| ("ICECORE_PASSPHRASE_FILE", file));
+        key.into_iter().chain(phrase)
+    }
+}
 
 /// The environment of a command.
 #[derive(Debug)]
@@ -27,6 +43,8 @@ pub struct Context {
     pub quiet: bool,
     pub engine: EngineChoice,
     pub memory: u64,
+    /// The keys that the command line names, for whatever repository is opened.
+    pub keys: KeyFiles,
     /// Where progress is shown to others.
     pub board: Board,
     /// Whether the daemon of this host does the work.
@@ -59,6 +77,10 @@ impl Context {
                 IoEngine::Threads => EngineChoice::Threads,
             },
             memory: global.memory,
+            keys: KeyFiles {
+                key_file: global.key_file.clone(),
+                passphrase_file: global.passphrase_file.clone(),
+            },
             board: Board::default(),
             through_daemon: global.daemon,
             detach: global.detach,
@@ -95,9 +117,45 @@ impl Context {
     }
 
     fn open_with(&self, repo: &str, read_only: bool) -> Outcome<Repository> {
+        let tried = format!("open the repository {repo}");
         let address = self.repository_address(repo)?;
-        let options = OpenOptions { cache_dir: Some(self.cache_dir.clone()), read_only };
-        Repository::open_at(&address, options)
-            .map_err(|e| Failure::from_repository(format!("open the repository {repo}"), e))
+        let keys = self.keys(&address)?;
+        let options = OpenOptions { cache_dir: Some(self.cache_dir.clone()), read_only, keys };
+        let repository = Repository::open_at(&address, options)
+            .map_err(|e| Failure::from_repository(&tried, e))?;
+        // Else whoever may write to the store could put a repository in clear in its place, and the
+        // next backup would be readable.
+        if self.key_file_of(&address).is_some() && !repository.is_encrypted() {
+            let why = "the configuration has a key_file for it, and it is not encrypted";
+            return Err(Failure::usage(tried, why)
+                .next("find out who made it; if it is yours, take key_file out"));
+        }
+        Ok(repository)
+    }
+
+    /// The keys to try on a repository: the configuration's for it, and those of the command line.
+    pub fn keys(&self, address: &Address) -> Outcome<Vec<KeyMaterial>> {
+        let bad = |e| Failure::usage("use the given key", e);
+        let files = self.key_file_of(address).into_iter().chain(&self.keys.key_file);
+        let mut keys: Vec<KeyMaterial> = files
+            .map(|file| KeyMaterial::read_key_file(file))
+            .collect::<Result<_, _>>()
+            .map_err(bad)?;
+        if let Some(file) = &self.keys.passphrase_file {
+            keys.push(KeyMaterial::read_passphrase_file(file).map_err(bad)?);
+        }
+        Ok(keys)
+    }
+
+    /// The key file that the configuration has for the repository at this address. With it, the
+    /// configuration says that the repository is encrypted.
+    pub fn key_file_of(&self, address: &Address) -> Option<&PathBuf> {
+        let wanted = address.clone().absolute().ok()?;
+        let is_it = |url: &str| {
+            let configured = url.parse::<Address>().ok().and_then(|a| a.absolute().ok());
+            configured.is_some_and(|configured| configured == wanted)
+        };
+        let known = self.config.repository.values();
+        known.filter(|known| is_it(&known.url)).find_map(|known| known.key_file.as_ref())
     }
 }

@@ -109,6 +109,9 @@ impl Failure {
             RepositoryError::NotARepository { .. }
             | RepositoryError::NotFound { .. }
             | RepositoryError::Ambiguous { .. }
+            | RepositoryError::KeyMissing { .. }
+            | RepositoryError::KeyRefused { .. }
+            | RepositoryError::BadKey(_)
             | RepositoryError::Id(_)
             | RepositoryError::Geometry(_) => Status::Usage,
             _ => Status::Failed,

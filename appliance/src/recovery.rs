@@ -219,9 +219,11 @@ async fn commit_state(context: &Context, record: &JobRecord) -> CommitState {
     let Ok(address) = context.repository_address(&record.repository) else {
         return CommitState::Unknown;
     };
+    let Ok(keys) = context.keys(&address) else { return CommitState::Unknown };
     let wanted = record.repository_id.clone();
     let asked = tokio::task::spawn_blocking(move || {
-        let repository = Repository::open_at(&address, OpenOptions::default()).ok()?;
+        let options = OpenOptions { keys, ..OpenOptions::default() };
+        let repository = Repository::open_at(&address, options).ok()?;
         // Another repository at the same place knows nothing of this point.
         if wanted.is_some_and(|id| id != repository.id().to_string()) {
             return None;

@@ -13,7 +13,9 @@ mod transmission;
 use std::path::Path;
 
 pub use handshake::nbd_handshake;
-pub use icecore_repository::testing::{repository_manifest, repository_map, repository_pack};
+pub use icecore_repository::testing::{
+    repository_key, repository_manifest, repository_map, repository_pack,
+};
 pub use server::nbd_server;
 pub use session::qmp_session;
 pub use transmission::nbd_transmission;
@@ -22,12 +24,13 @@ pub use transmission::nbd_transmission;
 pub type Target = fn(&[u8]);
 
 /// The targets by their names, which are also those of their folders under `corpus`.
-pub const TARGETS: [(&str, Target); 8] = [
+pub const TARGETS: [(&str, Target); 9] = [
     ("nbd_handshake", nbd_handshake),
     ("nbd_transmission", nbd_transmission),
     ("nbd_server", nbd_server),
     ("nbd_uri", nbd_uri),
     ("qmp_session", qmp_session),
+    ("repository_key", repository_key),
     ("repository_manifest", repository_manifest),
     ("repository_map", repository_map),
     ("repository_pack", repository_pack),

@@ -65,6 +65,7 @@ impl Rig {
         let init = InitOptions {
             block_size: BlockSize::new(BLOCK).unwrap(),
             compression: Compression::Zstd(1),
+            ..InitOptions::default()
         };
         let repo = Repository::init(dir.path().join("repo"), init).unwrap();
         Self { _dir: dir, repo, chain: ChainChoice::New, parent: None, choice }

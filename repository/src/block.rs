@@ -5,9 +5,11 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::crypto::Part;
 use crate::error::{Damage, DamageKind, Error, Result};
 use crate::ids::BlockId;
 use crate::point::{Codec, Frame};
+use crate::sealing::Stream;
 
 /// The strongest zstd level: higher ones need windows far beyond a block.
 const ZSTD_LEVEL_MAX: i32 = 19;
@@ -81,19 +83,40 @@ pub fn is_zero(data: &[u8]) -> bool {
         .all(|chunk| chunk.iter().fold(0, |seen, byte| seen | byte) == 0)
 }
 
-/// Gives blocks their ids; cheap to copy into every thread.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct BlockHasher(());
+/// Gives blocks their ids as one repository does; cheap to copy into every thread. Ask
+/// [`Repository::hasher`](crate::Repository::hasher) for it: ids of an encrypted repository are keyed,
+/// so that nobody without its key can tell whether a known content is in it.
+#[derive(Clone, Copy)]
+pub struct BlockHasher(Option<[u8; 32]>);
+
+impl fmt::Debug for BlockHasher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "BlockHasher(keyed)" } else { "BlockHasher(plain)" })
+    }
+}
 
 impl BlockHasher {
-    /// The id of a block: BLAKE3 of its bytes, [`BlockId::ZERO`] when they are all zero.
+    pub(crate) fn plain() -> Self {
+        Self(None)
+    }
+
+    pub(crate) fn keyed(key: &[u8; 32]) -> Self {
+        Self(Some(*key))
+    }
+
+    /// The id of a block: BLAKE3 of its bytes, keyed where the repository is encrypted;
+    /// [`BlockId::ZERO`] when they are all zero.
     #[must_use]
     pub fn block_id(&self, data: &[u8]) -> BlockId {
         if is_zero(data) { BlockId::ZERO } else { self.data_id(data) }
     }
 
     pub(crate) fn data_id(self, data: &[u8]) -> BlockId {
-        BlockId(*blake3::hash(data).as_bytes())
+        let id = match &self.0 {
+            None => blake3::hash(data),
+            Some(key) => blake3::keyed_hash(key, data),
+        };
+        BlockId(*id.as_bytes())
     }
 }
 
@@ -161,12 +184,41 @@ impl Packer {
 pub(crate) struct Unpacker {
     zstd: zstd::bulk::Decompressor<'static>,
     hasher: BlockHasher,
+    /// A sealed frame while it is being opened.
+    sealed: Vec<u8>,
 }
 
 impl Unpacker {
-    pub(crate) fn new() -> Result<Self> {
+    pub(crate) fn new(hasher: BlockHasher) -> Result<Self> {
         let zstd = zstd::bulk::Decompressor::new().map_err(no_context)?;
-        Ok(Self { zstd, hasher: BlockHasher::default() })
+        Ok(Self { zstd, hasher, sealed: Vec::new() })
+    }
+
+    /// As [`unpack`](Self::unpack), of a frame as it is stored in a pack.
+    pub(crate) fn unpack_stored(
+        &mut self,
+        (pack, part): (&Stream, Part),
+        codec: Codec,
+        stored: &[u8],
+        id: &BlockId,
+        block: &mut [u8],
+    ) -> std::result::Result<(), String> {
+        if !pack.is_encrypted() {
+            return self.unpack(codec, stored, id, block);
+        }
+        let not_sealed = || format!("the bytes stored for block {id} are not what was sealed");
+        if codec == Codec::Raw {
+            let opened = pack.open_to(part, stored, block);
+            return if opened { self.verify(id, block) } else { Err(not_sealed()) };
+        }
+        // A copy, since one frame may be asked for twice.
+        let mut sealed = std::mem::take(&mut self.sealed);
+        sealed.clear();
+        sealed.extend_from_slice(stored);
+        let frame = pack.open(part, &mut sealed).ok_or_else(not_sealed);
+        let unpacked = frame.and_then(|frame| self.unpack(codec, frame, id, block));
+        self.sealed = sealed;
+        unpacked
     }
 
     /// Unpacks a frame into `block`, whose length is the only one accepted, and verifies the id.
@@ -192,11 +244,15 @@ impl Unpacker {
         if length != block.len() {
             return Err(format!("block {id} has {length} bytes, not {}", block.len()));
         }
+        self.verify(id, block)
+    }
+
+    fn verify(&self, id: &BlockId, block: &[u8]) -> std::result::Result<(), String> {
         let found = self.hasher.data_id(block);
-        if &found != id {
-            return Err(format!("the bytes stored for block {id} hash to {found}"));
+        if &found == id {
+            return Ok(());
         }
-        Ok(())
+        Err(format!("the bytes stored for block {id} hash to {found}"))
     }
 }
 
@@ -230,7 +286,16 @@ mod tests {
             assert!(!is_zero(&data), "{at}");
             data[at] = 0;
         }
-        assert_eq!(BlockHasher::default().block_id(&data), BlockId::ZERO);
+        assert_eq!(BlockHasher::plain().block_id(&data), BlockId::ZERO);
+    }
+
+    #[test]
+    fn a_keyed_id_is_another_one_and_its_key_is_not_shown() {
+        let (plain, keyed) = (BlockHasher::plain(), BlockHasher::keyed(&[0xab; 32]));
+        assert_ne!(plain.block_id(b"x"), keyed.block_id(b"x"));
+        assert_ne!(keyed.block_id(b"x"), BlockHasher::keyed(&[1; 32]).block_id(b"x"));
+        assert_eq!(keyed.block_id(&[0; 9]), BlockId::ZERO);
+        assert_eq!(format!("{keyed:?}"), "BlockHasher(keyed)");
     }
 
     #[test]
@@ -242,8 +307,9 @@ mod tests {
                 let frame = Packer::new(compression).unwrap().pack(data);
                 assert!(frame.bytes.len() <= data.len());
                 let mut back = vec![0xff; data.len()];
-                let id = BlockHasher::default().data_id(data);
-                Unpacker::new().unwrap().unpack(frame.codec, &frame.bytes, &id, &mut back).unwrap();
+                let id = BlockHasher::plain().data_id(data);
+                let mut unpacker = Unpacker::new(BlockHasher::plain()).unwrap();
+                unpacker.unpack(frame.codec, &frame.bytes, &id, &mut back).unwrap();
                 assert_eq!(back, data);
             }
         }
@@ -277,8 +343,8 @@ mod tests {
     fn a_bomb_stops_at_the_block() {
         let bomb = zstd::bulk::compress(&vec![1; 64 << 20], 1).unwrap();
         let mut block = vec![0; 4096];
-        let error =
-            Unpacker::new().unwrap().unpack(Codec::Zstd, &bomb, &BlockId([1; 32]), &mut block);
+        let mut unpacker = Unpacker::new(BlockHasher::plain()).unwrap();
+        let error = unpacker.unpack(Codec::Zstd, &bomb, &BlockId([1; 32]), &mut block);
         assert!(error.is_err());
     }
 
@@ -286,8 +352,8 @@ mod tests {
     fn a_valid_frame_of_another_block_or_length_is_refused() {
         let data = noise(4096);
         let frame = Packer::new(Compression::Zstd(1)).unwrap().pack(&data);
-        let id = BlockHasher::default().data_id(&data);
-        let mut unpacker = Unpacker::new().unwrap();
+        let id = BlockHasher::plain().data_id(&data);
+        let mut unpacker = Unpacker::new(BlockHasher::plain()).unwrap();
         let mut check = |id: &BlockId, length: usize| {
             unpacker.unpack(frame.codec, &frame.bytes, id, &mut vec![0; length]).is_ok()
         };

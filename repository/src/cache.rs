@@ -1,4 +1,5 @@
-//! Files of the cache directory: sealed, replaced atomically, and never needed.
+//! Files of the cache directory: written as the repository's objects are, replaced atomically, and never
+//! needed.
 //!
 //! Whatever is wrong with a cache file costs time, never a result: it is read as absent.
 
@@ -7,8 +8,8 @@ use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::PathBuf;
 
-use crate::envelope::{self, Kind};
-use crate::ids::RepositoryId;
+use crate::envelope::Kind;
+use crate::sealing::Sealing;
 
 /// No cache file is larger; a larger one is not read.
 const CACHE_BYTES_MAX: u64 = 256 << 20;
@@ -17,12 +18,12 @@ const CACHE_BYTES_MAX: u64 = 256 << 20;
 #[derive(Clone, Debug)]
 pub(crate) struct Cache {
     folder: PathBuf,
-    repository: RepositoryId,
+    sealing: Sealing,
 }
 
 impl Cache {
-    pub(crate) fn new(root: PathBuf, repository: &RepositoryId) -> Self {
-        Self { folder: root.join(repository.as_str()), repository: repository.clone() }
+    pub(crate) fn new(root: PathBuf, sealing: Sealing) -> Self {
+        Self { folder: root.join(sealing.repository().as_str()), sealing }
     }
 
     pub(crate) fn read(&self, kind: Kind, name: &'static str) -> Option<Vec<u8>> {
@@ -31,8 +32,8 @@ impl Cache {
             return None;
         }
         let bytes = fs::read(&path).ok()?;
-        match envelope::open(kind, &self.repository, name, &bytes) {
-            Ok(payload) => Some(payload.to_vec()),
+        match self.sealing.open(kind, name, &bytes) {
+            Ok(payload) => Some(payload.into_owned()),
             Err(error) => {
                 tracing::warn!(%error, path = %path.display(), "cache file is ignored");
                 None
@@ -41,9 +42,11 @@ impl Cache {
     }
 
     pub(crate) fn write(&self, kind: Kind, name: &'static str, payload: &[u8]) {
-        let sealed = envelope::seal(kind, &self.repository, payload);
-        if let Err(error) = self.replace(name, &sealed) {
-            tracing::warn!(%error, folder = %self.folder.display(), "cache file not written");
+        let folder = self.folder.display();
+        match self.sealing.close(kind, name, payload).map(|closed| self.replace(name, &closed)) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, %folder, "cache file not written"),
+            Err(error) => tracing::warn!(%error, %folder, "cache file not written"),
         }
     }
 

@@ -332,7 +332,7 @@ impl PointWriter {
         let inner = &self.session.inner;
         let block_size = inner.config.block_size;
         let parts = &point.meta.parts;
-        let manifest = manifest::encode(&inner.config.id, block_size, &point, parts)?;
+        let manifest = manifest::encode(&inner.sealing, block_size, &point, parts)?;
         Ok((point, manifest))
     }
 
@@ -396,8 +396,8 @@ impl PointWriter {
         older: &[Arc<RunReader>],
         below: Below,
     ) -> Result<Option<RunDraft>> {
-        let repository = &self.session.inner.config.id;
-        let newest = RunReader::of(draft.source.clone(), repository, &draft.reference)?;
+        let sealing = &self.session.inner.sealing;
+        let newest = RunReader::of(draft.source.clone(), sealing, &draft.reference)?;
         let runs: Vec<_> = std::iter::once(Arc::new(newest)).chain(older.iter().cloned()).collect();
         let mut writer = self.session.run_writer()?;
         fold(&mut MapView::new(&runs), below, &mut writer)?;
@@ -415,7 +415,7 @@ impl PointWriter {
         if let Some(announcement) = standing {
             announcement.must_stand(&point.id)?;
         }
-        let receipt = Receipt::of(point, manifest).encode(&inner.config.id)?;
+        let receipt = Receipt::of(point, manifest).encode(&inner.sealing)?;
         let stored = inner.store.put(&names::receipt(&point.id)?, &receipt);
         // A gc that gave this writer up since has left the same one.
         accept_existing(stored.map_err(Error::from))

@@ -67,7 +67,7 @@ impl TocCache {
             return Ok(toc);
         }
         // Not under the lock: others read meanwhile. Two may read one table; that costs little.
-        let toc = Arc::new(PackToc::read(&*inner.store, &inner.config.id, pack)?);
+        let toc = Arc::new(PackToc::read(&*inner.store, &inner.sealing, pack)?);
         let mut cached = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         cached.push_front((pack, Arc::clone(&toc)));
         let mut frames = 0;
@@ -101,7 +101,7 @@ pub struct BlockDecoder {
 
 impl BlockDecoder {
     pub(crate) fn new(inner: Arc<Inner>, size_bytes: u64) -> Result<Self> {
-        let unpacker = Unpacker::new()?;
+        let unpacker = Unpacker::new(inner.sealing.hasher())?;
         let (fetched, repeated) = (Vec::new(), Repeated::default());
         Ok(Self { inner, size_bytes, unpacker, toc: None, fetched, repeated })
     }
@@ -231,8 +231,10 @@ impl BlockDecoder {
             return Err(inconsistent(format!("it has no slot {slot}, of block {}", entry.id)));
         };
         let length = self.inner.config.block_size.block_bytes(self.size_bytes, entry.index);
-        // A frame is never larger than its block: so memory is bounded by the block size.
-        if frame.id != entry.id || frame.raw_bytes != length || frame.stored_bytes > length {
+        // A frame is never larger than its block (and a tag): so memory is bounded by the block size.
+        let most = length as usize + toc.overhead();
+        let is_longer = frame.stored_bytes as usize > most;
+        if frame.id != entry.id || frame.raw_bytes != length || is_longer {
             return Err(inconsistent(format!("slot {slot} does not hold block {}", entry.id)));
         }
         Ok(*frame)
@@ -252,7 +254,14 @@ impl BlockDecoder {
         block: &mut [u8],
     ) -> Result<()> {
         let stored = &self.fetched[at..at + frame.stored_bytes as usize];
-        let unpacked = self.unpacker.unpack(frame.codec, stored, &entry.id, block);
+        let slot = entry.location.slot;
+        // `frame` has left the table of this pack here.
+        let unpacked = match &self.toc {
+            Some((pack, toc)) if *pack == entry.location.pack => {
+                toc.unpack(slot, stored, &mut self.unpacker, block)
+            }
+            _ => Err("its table is not at hand".to_owned()),
+        };
         unpacked.map_err(|detail| match names::pack(entry.location.pack) {
             Ok(name) => content_damage(name, format!("slot {}: {detail}", entry.location.slot)),
             Err(error) => error,

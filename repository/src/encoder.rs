@@ -28,7 +28,7 @@ impl Encoders {
         Ok(BlockEncoder {
             session: Arc::clone(&self.session),
             packer,
-            hasher: BlockHasher::default(),
+            hasher: self.session.inner.sealing.hasher(),
         })
     }
 }

@@ -1,10 +1,10 @@
-//! What every object begins with, and how small ones are sealed. Pure.
+//! What every object begins with, and how small ones are closed by a checksum. Pure.
 //!
 //! ```text
 //! 0   8  magic "ICECORE\n"
 //! 8   4  kind, four ASCII letters
 //! 12  2  version of the kind, little endian
-//! 14  2  flags; a bit that is not known is a reason to refuse
+//! 14  2  flags: 1 what follows is encrypted; a bit that is not known is a reason to refuse
 //! 16 16  repository id (ASCII)
 //! 32  8  payload length; 0 in streamed objects (packs, runs), which end in a trailer of their own
 //! 40  …  payload
@@ -15,6 +15,9 @@ use crate::error::{Damage, DamageKind, Error, Result};
 use crate::ids::RepositoryId;
 
 const MAGIC: &[u8; 8] = b"ICECORE\n";
+const FLAG_ENCRYPTED: u16 = 1;
+/// Of all kinds.
+const NEWEST_VERSION: u16 = 1;
 /// Length of the header.
 pub(crate) const HEADER_BYTES: usize = 40;
 /// Length of the checksum that ends a sealed object.
@@ -31,6 +34,7 @@ pub(crate) struct Kind {
 
 impl Kind {
     pub(crate) const CONFIG: Self = Self::new(b"CONF");
+    pub(crate) const KEY: Self = Self::new(b"KEYW");
     pub(crate) const PACK: Self = Self::new(b"PACK");
     pub(crate) const RUN: Self = Self::new(b"MRUN");
     pub(crate) const MANIFEST: Self = Self::new(b"MANI");
@@ -40,38 +44,86 @@ impl Kind {
 
     /// A kind in its first version.
     pub(crate) const fn new(letters: &'static [u8; 4]) -> Self {
-        Self { letters, version: 1 }
+        Self { letters, version: NEWEST_VERSION }
     }
 }
 
-fn header(kind: Kind, repository: &RepositoryId, payload_bytes: u64) -> Vec<u8> {
+/// How what follows a header is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// As it is.
+    Plain,
+    /// Encrypted.
+    Encrypted,
+}
+
+impl Form {
+    /// Whether an object has the form that all objects of its repository have: one that is written
+    /// in clear where all are encrypted was put there by somebody without the key.
+    fn require(self, found: Self, object: &str) -> Result<()> {
+        let detail = match (self, found) {
+            (Self::Plain, Self::Encrypted) => "it is encrypted, and the repository is not",
+            (Self::Encrypted, Self::Plain) => "it is not encrypted, and the repository is",
+            _ => return Ok(()),
+        };
+        Err(Damage::new(object, DamageKind::Foreign, detail).into())
+    }
+}
+
+/// The first bytes of an object.
+pub(crate) fn header(
+    kind: Kind,
+    form: Form,
+    repository: &RepositoryId,
+    payload_bytes: u64,
+) -> Vec<u8> {
+    let flags = match form {
+        Form::Plain => 0,
+        Form::Encrypted => FLAG_ENCRYPTED,
+    };
     let mut bytes = Vec::with_capacity(HEADER_BYTES);
     bytes.extend_from_slice(MAGIC);
     bytes.extend_from_slice(kind.letters);
     bytes.extend_from_slice(&kind.version.to_le_bytes());
-    bytes.extend_from_slice(&0_u16.to_le_bytes());
+    bytes.extend_from_slice(&flags.to_le_bytes());
     bytes.extend_from_slice(repository.as_str().as_bytes());
     bytes.extend_from_slice(&payload_bytes.to_le_bytes());
     bytes
 }
 
-/// Wraps a small object.
+/// Wraps a small object that is not encrypted.
 pub(crate) fn seal(kind: Kind, repository: &RepositoryId, payload: &[u8]) -> Vec<u8> {
-    let mut bytes = header(kind, repository, payload.len() as u64);
+    let mut bytes = header(kind, Form::Plain, repository, payload.len() as u64);
     bytes.extend_from_slice(payload);
+    close(bytes)
+}
+
+/// Ends a small object with its checksum.
+pub(crate) fn close(mut bytes: Vec<u8>) -> Vec<u8> {
     let seal = blake3::hash(&bytes);
     bytes.extend_from_slice(seal.as_bytes());
     bytes
 }
 
-/// Unwraps a small object of this repository; `object` names it in errors.
+/// Unwraps a small object of this repository that is not encrypted; `object` names it in errors.
 pub(crate) fn open<'a>(
     kind: Kind,
     repository: &RepositoryId,
     object: &str,
     bytes: &'a [u8],
 ) -> Result<&'a [u8]> {
-    let (found, payload) = open_any(kind, object, bytes)?;
+    open_form(kind, Form::Plain, repository, object, bytes)
+}
+
+/// The payload of a small object of this repository, of the form that all of them have.
+pub(crate) fn open_form<'a>(
+    kind: Kind,
+    form: Form,
+    repository: &RepositoryId,
+    object: &str,
+    bytes: &'a [u8],
+) -> Result<&'a [u8]> {
+    let (found, payload) = open_of_any(kind, form, object, bytes)?;
     check_repository(repository, &found, object)?;
     Ok(payload)
 }
@@ -82,10 +134,40 @@ pub(crate) fn open_any<'a>(
     object: &str,
     bytes: &'a [u8],
 ) -> Result<(RepositoryId, &'a [u8])> {
+    open_of_any(kind, Form::Plain, object, bytes)
+}
+
+fn open_of_any<'a>(
+    kind: Kind,
+    form: Form,
+    object: &str,
+    bytes: &'a [u8],
+) -> Result<(RepositoryId, &'a [u8])> {
+    open_closed(Some(kind), form, object, bytes)
+}
+
+/// Verifies the checksum of a small object of this repository without opening it, whatever its kind.
+pub(crate) fn verify(
+    form: Form,
+    repository: &RepositoryId,
+    object: &str,
+    bytes: &[u8],
+) -> Result<()> {
+    let (found, _) = open_closed(None, form, object, bytes)?;
+    check_repository(repository, &found, object)
+}
+
+fn open_closed<'a>(
+    kind: Option<Kind>,
+    form: Form,
+    object: &str,
+    bytes: &'a [u8],
+) -> Result<(RepositoryId, &'a [u8])> {
     let length = || Damage::new(object, DamageKind::Length, "it is too short for its header");
     let end = bytes.len().checked_sub(SEAL_BYTES).ok_or_else(length)?;
     let (sealed, seal) = bytes.split_at(end);
-    let (repository, payload_bytes) = parse_header(kind, object, sealed)?;
+    let (found, repository, payload_bytes) = parse_header(kind, object, sealed)?;
+    form.require(found, object)?;
     if blake3::hash(sealed) != *seal {
         return Err(Damage::new(object, DamageKind::Checksum, "its seal does not match").into());
     }
@@ -97,8 +179,13 @@ pub(crate) fn open_any<'a>(
 }
 
 /// Header of a streamed object with this 128-bit id.
-pub(crate) fn stream_header(kind: Kind, repository: &RepositoryId, id: [u8; 16]) -> Vec<u8> {
-    let mut bytes = header(kind, repository, 0);
+pub(crate) fn stream_header(
+    kind: Kind,
+    form: Form,
+    repository: &RepositoryId,
+    id: [u8; 16],
+) -> Vec<u8> {
+    let mut bytes = header(kind, form, repository, 0);
     bytes.extend_from_slice(&id);
     let crc = crc32c::crc32c(&bytes);
     bytes.extend_from_slice(&crc.to_le_bytes());
@@ -108,17 +195,19 @@ pub(crate) fn stream_header(kind: Kind, repository: &RepositoryId, id: [u8; 16])
 /// Checks the header of a streamed object against what it must be.
 pub(crate) fn check_stream_header(
     kind: Kind,
+    form: Form,
     repository: &RepositoryId,
     id: [u8; 16],
     object: &str,
     bytes: &[u8],
 ) -> Result<()> {
-    let (found, _) = parse_header(kind, object, bytes)?;
+    let (found_form, found, _) = parse_header(Some(kind), object, bytes)?;
     let rest = bytes.get(HEADER_BYTES..STREAM_HEADER_BYTES).unwrap_or_default();
     let crc = crc32c::crc32c(&bytes[..STREAM_HEADER_BYTES.min(bytes.len()).saturating_sub(4)]);
     if rest.get(16..) != Some(&crc.to_le_bytes()) {
         return Err(Damage::new(object, DamageKind::Checksum, "its header's CRC is wrong").into());
     }
+    form.require(found_form, object)?;
     check_repository(repository, &found, object)?;
     if rest.get(..16) != Some(&id) {
         return Err(Damage::new(object, DamageKind::Foreign, "it has another object's id").into());
@@ -134,26 +223,37 @@ fn check_repository(wanted: &RepositoryId, found: &RepositoryId, object: &str) -
     Err(Damage::new(object, DamageKind::Foreign, detail).into())
 }
 
-fn parse_header(kind: Kind, object: &str, bytes: &[u8]) -> Result<(RepositoryId, u64)> {
+/// Of an object of that kind, or of any.
+fn parse_header(
+    kind: Option<Kind>,
+    object: &str,
+    bytes: &[u8],
+) -> Result<(Form, RepositoryId, u64)> {
     let damaged = |kind, detail: &str| Error::from(Damage::new(object, kind, detail));
     let Some(header) = bytes.get(..HEADER_BYTES) else {
         return Err(damaged(DamageKind::Length, "it is too short for its header"));
     };
-    if &header[..8] != MAGIC || &header[8..12] != kind.letters {
+    if &header[..8] != MAGIC || kind.is_some_and(|kind| &header[8..12] != kind.letters) {
         return Err(damaged(DamageKind::Header, "its magic is wrong"));
     }
     let number = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
     let (version, flags) = (number(12), number(14));
-    if version == 0 || version > kind.version || flags != 0 {
+    let form = match flags {
+        0 => Some(Form::Plain),
+        FLAG_ENCRYPTED => Some(Form::Encrypted),
+        _ => None,
+    };
+    let newest = kind.map_or(NEWEST_VERSION, |kind| kind.version);
+    let Some(form) = form.filter(|_| version > 0 && version <= newest) else {
         let what = format!("version {version}, flags {flags:#x}, of an object of its kind");
         return Err(Error::Unsupported { object: object.to_owned(), what });
-    }
+    };
     let repository = std::str::from_utf8(&header[16..32]).ok().and_then(|id| id.parse().ok());
     let repository =
         repository.ok_or_else(|| damaged(DamageKind::Header, "its repository id is none"))?;
     let mut length = [0; 8];
     length.copy_from_slice(&header[32..40]);
-    Ok((repository, u64::from_le_bytes(length)))
+    Ok((form, repository, u64::from_le_bytes(length)))
 }
 
 #[cfg(test)]
@@ -202,10 +302,11 @@ mod tests {
 
     #[test]
     fn stream_headers_are_bound_to_id_and_repository() {
-        let bytes = stream_header(Kind::PACK, &repository(1), [7; 16]);
+        let bytes = stream_header(Kind::PACK, Form::Plain, &repository(1), [7; 16]);
         assert_eq!(bytes.len(), STREAM_HEADER_BYTES);
         let check = |repo, id, bytes: &[u8]| {
-            check_stream_header(Kind::PACK, &repository(repo), id, "x", bytes).is_ok()
+            let form = Form::Plain;
+            check_stream_header(Kind::PACK, form, &repository(repo), id, "x", bytes).is_ok()
         };
         assert!(check(1, [7; 16], &bytes));
         assert!(!check(2, [7; 16], &bytes));

@@ -5,6 +5,7 @@
 
 use std::fmt;
 
+use crate::crypto::BadKey;
 use crate::geometry::{BlockIndex, GeometryError};
 use crate::ids::{DiskId, IdError, PointId, WriterId};
 use crate::store::{BadObjectName, StoreError};
@@ -103,6 +104,26 @@ pub enum Error {
         /// What stands in the way.
         why: String,
     },
+    /// It is encrypted, and no key was given.
+    #[error(
+        "{location} is encrypted and no key was given; name its key file with --key-file or \
+         ICECORE_KEY_FILE, or in the configuration"
+    )]
+    KeyMissing {
+        /// Where.
+        location: String,
+    },
+    /// Nothing that was given opens it.
+    #[error("{location} is encrypted and {why}; give a key file or passphrase of this repository")]
+    KeyRefused {
+        /// Where.
+        location: String,
+        /// What was tried.
+        why: String,
+    },
+    /// What was given as a key cannot be one.
+    #[error(transparent)]
+    BadKey(#[from] BadKey),
     /// A newer program wrote it.
     #[error("{object} needs a newer icecore: {what}; upgrade this one")]
     Unsupported {

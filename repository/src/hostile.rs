@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::block::{BlockHasher, Compression};
+use crate::block::BlockHasher;
 use crate::envelope::{self, Kind};
 use crate::error::{DamageKind, Error};
 use crate::geometry::{BlockIndex, BlockSize};
@@ -56,7 +56,7 @@ impl Rig {
     fn new() -> Self {
         let fs = Arc::new(SimFileSystem::new());
         let block_size = BlockSize::new(BLOCK as u64).unwrap();
-        let options = InitOptions { block_size, compression: Compression::Zstd(1) };
+        let options = InitOptions { block_size, ..InitOptions::default() };
         let repo = Repository::init_on(store(&fs), options, jiff::Timestamp::UNIX_EPOCH).unwrap();
         let vm = VmName::new("web").unwrap();
         let begin = BeginPoint { vm, chain: ChainChoice::New, now: jiff::Timestamp::UNIX_EPOCH };
@@ -212,7 +212,7 @@ fn a_map_that_is_not_the_manifests_is_refused() {
 fn read_frame(frame: &Frame, id: BlockId, slot: u32) -> DamageKind {
     let rig = Rig::new();
     let inner = &rig.repo.inner;
-    let mut pack = PackWriter::create(&*inner.store, &inner.config.id, PackId([5; 16])).unwrap();
+    let mut pack = PackWriter::create(&*inner.store, &inner.sealing, PackId([5; 16])).unwrap();
     pack.push(&id, frame).unwrap();
     pack.finish().unwrap();
     let reader = rig.repo.disk_reader(&rig.point, &vda()).unwrap();
@@ -227,7 +227,7 @@ fn read_frame(frame: &Frame, id: BlockId, slot: u32) -> DamageKind {
 
 #[test]
 fn bombs_and_frames_of_a_wrong_length_stop_at_the_block() {
-    let id = BlockHasher::default().block_id(&[1; BLOCK]);
+    let id = BlockHasher::plain().block_id(&[1; BLOCK]);
     let bomb = zstd::bulk::compress(&vec![1; 8 << 20], 1).unwrap();
     assert!(bomb.len() < BLOCK);
     let frame = |raw_bytes, bytes: &[u8], codec| Frame { codec, raw_bytes, bytes: bytes.to_vec() };

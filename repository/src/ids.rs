@@ -41,7 +41,7 @@ impl IdError {
     }
 }
 
-/// Content id of a block: BLAKE3 of its bytes; thirty-two zero bytes stand for any all-zero block.
+/// Content id of a block: BLAKE3 of its bytes, keyed where the repository is encrypted; thirty-two zero bytes stand for any all-zero block.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BlockId(pub [u8; 32]);
 
@@ -65,6 +65,10 @@ pub struct PackId(pub [u8; 16]);
 /// Random name of a map run.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RunId(pub [u8; 16]);
+
+/// Random bytes that keep equal secrets from giving equal keys.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Salt128(pub(crate) [u8; 16]);
 
 fn write_hex(bytes: &[u8], f: &mut fmt::Formatter<'_>) -> fmt::Result {
     bytes.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
@@ -136,6 +140,7 @@ hex_id!(ContentRoot, 32, "content root");
 hex_id!(Checksum, 32, "checksum");
 hex_id!(PackId, 16, "pack id");
 hex_id!(RunId, 16, "map run id");
+hex_id!(Salt128, 16, "salt");
 
 macro_rules! base32_id {
     ($(#[$doc:meta])* $name:ident, $chars:expr, $kind:literal) => {
@@ -186,6 +191,10 @@ base32_id!(
     RepositoryId, RANDOM_ID_CHARS, "repository id"
 );
 base32_id!(
+    /// One of the keys of an encrypted repository.
+    KeyId, RANDOM_ID_CHARS, "key id"
+);
+base32_id!(
     /// One run of one writer, drawn at random when it announces itself.
     WriterId, RANDOM_ID_CHARS, "writer id"
 );
@@ -228,6 +237,13 @@ impl From<&PointId> for ChainId {
 }
 
 impl RepositoryId {
+    /// An id from 128 random bits, of which 80 are used.
+    pub fn from_random(random: u128) -> Self {
+        Self(base32(random, RANDOM_ID_CHARS))
+    }
+}
+
+impl KeyId {
     /// An id from 128 random bits, of which 80 are used.
     pub fn from_random(random: u128) -> Self {
         Self(base32(random, RANDOM_ID_CHARS))

@@ -12,6 +12,7 @@ mod commit;
 mod config;
 mod content;
 mod copy;
+mod crypto;
 mod decoder;
 mod dedup;
 mod delete;
@@ -23,6 +24,7 @@ pub mod geometry;
 #[cfg(test)]
 mod hostile;
 pub mod ids;
+mod keys;
 mod manifest;
 mod map;
 mod names;
@@ -33,6 +35,7 @@ mod reader;
 mod record;
 mod repository;
 mod resolve;
+mod sealing;
 mod session;
 mod sink;
 pub mod store;
@@ -41,19 +44,20 @@ pub mod testing;
 mod writers;
 
 pub use block::{BlockHasher, Compression, is_zero};
-pub use check::{CheckError, CheckOptions, CheckProgress, CheckReport};
+pub use check::{CheckError, CheckOptions, CheckProgress, CheckReport, scrub};
 pub use commit::{BeginPoint, ChainChoice, PointWriter};
 pub use config::FORMAT_VERSION;
 pub use content::ContentHasher;
 pub use copy::{Compared, Copied, CopiedDisk, CopyProgress};
+pub use crypto::{BadKey, KeyInfo, KeyMaterial, KeyMethod, RecoveryKit};
 pub use decoder::BlockDecoder;
 pub use encoder::{BlockEncoder, Encoders};
 pub use error::{Damage, DamageKind, Error, Result};
 pub use gc::{GcOptions, GcReport, Pace, RealPace};
 pub use geometry::{BlockIndex, BlockSize, GeometryError};
 pub use ids::{
-    BlockId, ChainId, Checksum, ContentRoot, DiskId, IdError, PackId, PointId, RepositoryId, RunId,
-    VmName, WriterId,
+    BlockId, ChainId, Checksum, ContentRoot, DiskId, IdError, KeyId, PackId, PointId, RepositoryId,
+    RunId, VmName, WriterId,
 };
 pub use point::{
     CapsulePart, Consistency, ConsistencyLevel, DiskMeta, DiskMode, DiskSummary, Encoded, Entry,

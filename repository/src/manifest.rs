@@ -9,13 +9,14 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use crate::envelope::{self, Kind};
+use crate::envelope::Kind;
 use crate::error::{Damage, DamageKind, Error, Result};
 use crate::geometry::BlockSize;
-use crate::ids::{Checksum, PointId, RepositoryId, WriterId};
+use crate::ids::{Checksum, PointId, WriterId};
 use crate::map::MAP_RUNS_MAX;
 use crate::names;
 use crate::point::{CapsulePart, PartInfo, Point};
+use crate::sealing::Sealing;
 
 /// The largest manifest: JSON, NVRAM and vTPM state are a few MiB at most.
 pub(crate) const MANIFEST_BYTES_MAX: u64 = 64 << 20;
@@ -45,17 +46,17 @@ impl Receipt {
         }
     }
 
-    pub(crate) fn encode(&self, repository: &RepositoryId) -> Result<Vec<u8>> {
+    pub(crate) fn encode(&self, sealing: &Sealing) -> Result<Vec<u8>> {
         let object = names::receipt(&self.point)?;
         let payload = serde_json::to_vec(self).map_err(|error| malformed(&object, &error))?;
-        Ok(envelope::seal(Kind::RECEIPT, repository, &payload))
+        sealing.close(Kind::RECEIPT, object.as_str(), &payload)
     }
 
-    pub(crate) fn decode(repository: &RepositoryId, id: &PointId, bytes: &[u8]) -> Result<Self> {
+    pub(crate) fn decode(sealing: &Sealing, id: &PointId, bytes: &[u8]) -> Result<Self> {
         let object = names::receipt(id)?;
-        let payload = envelope::open(Kind::RECEIPT, repository, object.as_str(), bytes)?;
+        let payload = sealing.open(Kind::RECEIPT, object.as_str(), bytes)?;
         let receipt: Self =
-            serde_json::from_slice(payload).map_err(|error| malformed(&object, &error))?;
+            serde_json::from_slice(&payload).map_err(|error| malformed(&object, &error))?;
         if &receipt.point != id {
             let detail = format!("it is the receipt of point {}", receipt.point);
             return Err(Damage::new(object, DamageKind::Foreign, detail).into());
@@ -76,7 +77,7 @@ pub(crate) fn describe_parts(parts: &[CapsulePart]) -> Vec<PartInfo> {
 
 /// The manifest of a point, with the parts that `point.parts` describes.
 pub(crate) fn encode(
-    repository: &RepositoryId,
+    sealing: &Sealing,
     block_size: BlockSize,
     point: &Point,
     parts: &[CapsulePart],
@@ -89,28 +90,28 @@ pub(crate) fn encode(
     for part in parts {
         payload.extend_from_slice(&part.bytes);
     }
-    let bytes = envelope::seal(Kind::MANIFEST, repository, &payload);
+    let bytes = sealing.close(Kind::MANIFEST, object.as_str(), &payload)?;
     // What cannot be read back must not be written: the same checks, before the commit.
-    decode(repository, block_size, &point.id, &bytes).map_err(|error| Error::Refused {
+    decode(sealing, block_size, &point.id, &bytes).map_err(|error| Error::Refused {
         what: format!("the point cannot be written: {error}"),
         advice: "give fewer disks or a smaller capsule",
     })?;
     Ok(bytes)
 }
 
-/// The point and the place of its parts in the manifest's bytes.
-pub(crate) fn decode<'a>(
-    repository: &RepositoryId,
+/// The point, and its parts one after the other.
+pub(crate) fn decode(
+    sealing: &Sealing,
     block_size: BlockSize,
     id: &PointId,
-    bytes: &'a [u8],
-) -> Result<(Point, &'a [u8])> {
+    bytes: &[u8],
+) -> Result<(Point, Vec<u8>)> {
     let object = names::manifest(id)?;
     let damaged = |kind, detail: &str| Error::from(Damage::new(&object, kind, detail));
     if bytes.len() as u64 > MANIFEST_BYTES_MAX {
         return Err(damaged(DamageKind::Limit, "it is larger than any manifest"));
     }
-    let payload = envelope::open(Kind::MANIFEST, repository, object.as_str(), bytes)?;
+    let payload = sealing.open(Kind::MANIFEST, object.as_str(), bytes)?;
     let cut = || damaged(DamageKind::Length, "its JSON is cut off");
     let (length, rest) = payload.split_first_chunk::<LENGTH_BYTES>().ok_or_else(cut)?;
     let length = usize::try_from(u64::from_le_bytes(*length)).unwrap_or(usize::MAX);
@@ -125,7 +126,7 @@ pub(crate) fn decode<'a>(
     }
     validate(&point, block_size, parts.len() as u64)
         .map_err(|detail| damaged(DamageKind::Inconsistent, detail))?;
-    Ok((point, parts))
+    Ok((point, parts.to_vec()))
 }
 
 /// One part of a capsule, verified.

@@ -1,11 +1,13 @@
 //! Where each kind of object lies in a store. Every name is built from a checked id.
 
 use crate::error::Result;
-use crate::ids::{PackId, PointId, RunId};
+use crate::ids::{KeyId, PackId, PointId, RunId};
 use crate::store::ObjectName;
 
 /// The repository's own description; its presence makes a directory a repository.
 pub(crate) const CONFIG: &str = "config";
+/// The master key, sealed under each of the keys that open an encrypted repository.
+pub(crate) const KEYS: &str = "keys/";
 /// Packs, in 256 folders by the first byte of their id.
 pub(crate) const PACKS: &str = "packs/";
 /// Map runs, in 256 folders by the first byte of their id.
@@ -17,6 +19,10 @@ pub(crate) const RECEIPTS: &str = "receipts/";
 
 pub(crate) fn config() -> Result<ObjectName> {
     Ok(ObjectName::new(CONFIG)?)
+}
+
+pub(crate) fn key(id: &KeyId) -> Result<ObjectName> {
+    Ok(ObjectName::new(format!("{KEYS}{id}"))?)
 }
 
 pub(crate) fn pack(id: PackId) -> Result<ObjectName> {

@@ -97,7 +97,7 @@ impl Packs {
             Some(open) => open,
             None => {
                 let id = PackId(random()?);
-                self.open.insert(PackWriter::create(&*inner.store, &inner.config.id, id)?)
+                self.open.insert(PackWriter::create(&*inner.store, &inner.sealing, id)?)
             }
         };
         let location = Location { pack: open.id(), slot: open.push(id, frame)? };

@@ -23,7 +23,7 @@ pub struct DiskReader {
 
 /// Opens the runs of a map, newest first.
 pub(crate) fn open_runs(inner: &Inner, runs: &[RunRef]) -> Result<Vec<Arc<RunReader>>> {
-    let open = |run| Ok(Arc::new(RunReader::open(&inner.store, &inner.config.id, run)?));
+    let open = |run| Ok(Arc::new(RunReader::open(&inner.store, &inner.sealing, run)?));
     runs.iter().map(open).collect()
 }
 

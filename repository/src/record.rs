@@ -43,7 +43,7 @@ impl Repository {
     pub fn read_manifest(&self, id: &PointId, bytes: &[u8]) -> Result<Point> {
         let (point, parts) = self.inner.decode_manifest(id, bytes)?;
         for part in &point.parts {
-            manifest::part(&point, parts, part.name.as_str())?;
+            manifest::part(&point, &parts, part.name.as_str())?;
         }
         Ok(point)
     }
@@ -101,6 +101,6 @@ impl Repository {
 
     fn receipt(&self, id: &PointId) -> Result<Receipt> {
         let bytes = self.inner.store.read(&names::receipt(id)?, RECEIPT_BYTES_MAX)?;
-        Receipt::decode(&self.inner.config.id, id, &bytes)
+        Receipt::decode(&self.inner.sealing, id, &bytes)
     }
 }

@@ -8,34 +8,41 @@ use crate::block::{BlockHasher, Compression};
 use crate::cache::Cache;
 use crate::catalog::Catalog;
 use crate::config::{CONFIG_BYTES_MAX, Config};
+use crate::crypto::{KeyMaterial, Keys, MasterKey};
 use crate::decoder::TocCache;
-use crate::error::{Damage, Error, Result};
+use crate::error::{Damage, DamageKind, Error, Result};
 use crate::geometry::BlockSize;
 use crate::ids::{ChainId, DiskId, PointId, RepositoryId, VmName};
+use crate::keys;
 use crate::manifest::{self, MANIFEST_BYTES_MAX};
 use crate::names;
 use crate::point::Point;
 use crate::reader::DiskReader;
 use crate::resolve;
+use crate::sealing::Sealing;
 use crate::store::{Access, Address, Store};
 use crate::writers::Coordination;
 
 /// Parameters that are fixed when a repository is made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct InitOptions {
     /// Size of a block; 64 KiB unless told otherwise.
     pub block_size: BlockSize,
     /// Compression of blocks; zstd level 1 unless told otherwise.
     pub compression: Compression,
+    /// What opens it; without any key it is not encrypted.
+    pub keys: Vec<KeyMaterial>,
 }
 
 /// How to open a repository.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct OpenOptions {
     /// Where caches may be kept; without it nothing is remembered between processes.
     pub cache_dir: Option<PathBuf>,
     /// Refuse everything that writes.
     pub read_only: bool,
+    /// Keys to try, where it is encrypted; where it is not, they are of no use.
+    pub keys: Vec<KeyMaterial>,
 }
 
 /// Figures of a repository.
@@ -72,6 +79,7 @@ pub struct Repository {
 pub(crate) struct Inner {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) config: Config,
+    pub(crate) sealing: Sealing,
     pub(crate) coordination: Coordination,
     pub(crate) cache: Option<Cache>,
     pub(crate) read_only: bool,
@@ -120,16 +128,27 @@ impl Repository {
         options: InitOptions,
         now: jiff::Timestamp,
     ) -> Result<Self> {
-        if !store.list("")?.is_empty() {
+        if !keys::remove_unfinished(&*store)?.is_empty() {
             return Err(Error::InitRefused {
                 location: store.location().to_owned(),
                 why: "there are objects in it already".to_owned(),
             });
         }
         let id = RepositoryId::from_random(u128::from_le_bytes(random()?));
-        let config = Config::new(id, now, options.block_size, options.compression);
+        let mut config = Config::new(id.clone(), now, options.block_size, options.compression);
+        let mut sealing = Sealing::plain(id.clone());
+        if !options.keys.is_empty() {
+            let master = MasterKey::new(random()?);
+            let derived = Keys::derive(&id, &master)?;
+            config = config.encrypted(&derived);
+            sealing = Sealing::encrypted(id.clone(), derived);
+            // Before the config, so that no repository is ever without a key.
+            for key in &options.keys {
+                keys::store(&*store, &id, &master, key, None, now)?;
+            }
+        }
         store.put(&names::config()?, &config.encode()?)?;
-        let repository = Self::with_config(store, config, &OpenOptions::default());
+        let repository = Self::with_config(store, config, sealing, &OpenOptions::default());
         repository.inner.coordination.refill_reserve()?;
         Ok(repository)
     }
@@ -180,15 +199,23 @@ impl Repository {
             other => other?,
         };
         let config = Config::decode(&bytes)?;
-        Ok(Self::with_config(store, config, &options))
+        // Before anything else is read or written.
+        let sealing = keys::sealing(&*store, &config, &options.keys)?;
+        Ok(Self::with_config(store, config, sealing, &options))
     }
 
-    fn with_config(store: Arc<dyn Store>, config: Config, options: &OpenOptions) -> Self {
-        let coordination = Coordination::new(Arc::clone(&store), config.id.clone());
-        let cache = options.cache_dir.clone().map(|root| Cache::new(root, &config.id));
+    fn with_config(
+        store: Arc<dyn Store>,
+        config: Config,
+        sealing: Sealing,
+        options: &OpenOptions,
+    ) -> Self {
+        let coordination = Coordination::new(Arc::clone(&store), sealing.clone());
+        let cache = options.cache_dir.clone().map(|root| Cache::new(root, sealing.clone()));
         let inner = Inner {
             store,
             config,
+            sealing,
             coordination,
             cache,
             read_only: options.read_only,
@@ -219,7 +246,13 @@ impl Repository {
     /// Computes block ids as this repository does.
     #[must_use]
     pub fn hasher(&self) -> BlockHasher {
-        BlockHasher::default()
+        self.inner.sealing.hasher()
+    }
+
+    /// Whether its objects are encrypted.
+    #[must_use]
+    pub fn is_encrypted(&self) -> bool {
+        self.inner.config.is_encrypted()
     }
 
     /// Figures; lists all objects.
@@ -236,7 +269,7 @@ impl Repository {
             id: config.id.clone(),
             version: config.version,
             block_size: config.block_size,
-            encrypted: false,
+            encrypted: config.is_encrypted(),
             compression: config.compression,
             points: points.len() as u64,
             chains: chains.len() as u64,
@@ -304,7 +337,7 @@ impl Repository {
     pub fn capsule_part(&self, point: &Point, name: &str) -> Result<Vec<u8>> {
         let bytes = self.inner.manifest_bytes(&point.id)?;
         let (point, parts) = self.inner.decode_manifest(&point.id, &bytes)?;
-        manifest::part(&point, parts, name)
+        manifest::part(&point, &parts, name)
     }
 
     /// The point meant by `latest`, `latest~N`, a full id (of a copy also that of its origin) or a
@@ -450,19 +483,20 @@ impl Repository {
 impl Inner {
     /// Reads the config again, as `check` does.
     pub(crate) fn verify_config(&self) -> Result<()> {
-        Config::decode(&self.store.read(&names::config()?, CONFIG_BYTES_MAX)?).map(drop)
+        let config = Config::decode(&self.store.read(&names::config()?, CONFIG_BYTES_MAX)?)?;
+        if config == self.config {
+            return Ok(());
+        }
+        let detail = "it is not what it was when the repository was opened";
+        Err(Damage::new(names::CONFIG, DamageKind::Inconsistent, detail).into())
     }
 
     pub(crate) fn manifest_bytes(&self, id: &PointId) -> Result<Vec<u8>> {
         Ok(self.store.read(&names::manifest(id)?, MANIFEST_BYTES_MAX)?)
     }
 
-    pub(crate) fn decode_manifest<'a>(
-        &self,
-        id: &PointId,
-        bytes: &'a [u8],
-    ) -> Result<(Point, &'a [u8])> {
-        manifest::decode(&self.config.id, self.config.block_size, id, bytes)
+    pub(crate) fn decode_manifest(&self, id: &PointId, bytes: &[u8]) -> Result<(Point, Vec<u8>)> {
+        manifest::decode(&self.sealing, self.config.block_size, id, bytes)
     }
 
     pub(crate) fn refuse_read_only(&self, action: &'static str) -> Result<()> {
@@ -491,7 +525,7 @@ fn refuse_occupied(path: &Path) -> Result<()> {
         return Ok(());
     };
     // What an init that crashed has left behind is no stranger either.
-    let own = ["lost+found", ".incomplete"];
+    let own = ["lost+found", ".incomplete", "keys"];
     let stranger =
         entries.flatten().find(|entry| own.iter().all(|name| entry.file_name() != *name));
     match stranger {

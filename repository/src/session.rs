@@ -98,7 +98,7 @@ impl Session {
 
     pub(crate) fn run_writer(&self) -> Result<RunWriter> {
         let store = Arc::clone(&self.inner.store);
-        Ok(RunWriter::new(store, &self.inner.config.id, RunId(random()?)))
+        RunWriter::new(store, &self.inner.sealing, RunId(random()?))
     }
 
     pub(crate) fn delta(&self, parent: Option<&[Arc<RunReader>]>) -> Result<DeltaWriter> {

@@ -8,7 +8,7 @@ mod support;
 use std::path::{Path, PathBuf};
 
 use icecore_repository::{
-    BlockSize, ChainChoice, Compression, GcOptions, InitOptions, OpenOptions, Point, Repository,
+    BlockSize, ChainChoice, GcOptions, InitOptions, OpenOptions, Point, Repository,
 };
 use support::*;
 
@@ -20,7 +20,7 @@ impl Rig {
     fn new() -> Self {
         let rig = Self { folder: tempfile::tempdir().unwrap() };
         let block_size = BlockSize::new(4096).unwrap();
-        let options = InitOptions { block_size, compression: Compression::Zstd(1) };
+        let options = InitOptions { block_size, ..init_options() };
         Repository::init(rig.folder.path().join("repo"), options).unwrap();
         rig
     }
@@ -28,7 +28,7 @@ impl Rig {
     /// As another process would: nothing in memory.
     fn open(&self) -> Repository {
         let cache_dir = Some(self.folder.path().join("cache"));
-        let options = OpenOptions { cache_dir, read_only: false };
+        let options = OpenOptions { cache_dir, ..open_options() };
         Repository::open(self.folder.path().join("repo"), options).unwrap()
     }
 
@@ -89,7 +89,7 @@ fn what_another_host_has_stored_since_is_known_without_its_cache() {
     let rig = Rig::new();
     let other = || {
         let cache_dir = Some(rig.folder.path().join("cache of the other host"));
-        let options = OpenOptions { cache_dir, read_only: false };
+        let options = OpenOptions { cache_dir, ..open_options() };
         Repository::open(rig.folder.path().join("repo"), options).unwrap()
     };
     let vda = disk("vda");

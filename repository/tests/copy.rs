@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use icecore_repository::store::{Access, MemoryStore, ObjectName, Store};
 use icecore_repository::{
-    BlockSize, ChainChoice, CheckOptions, Compared, Compression, Copied, DiskMode, Error,
+    BlockSize, ChainChoice, CheckOptions, Compared, Copied, DiskMode, Error,
     InitOptions, OpenOptions, Point, Repository,
 };
 use proptest::prelude::*;
@@ -20,7 +20,7 @@ fn repository(block_size: u64) -> (Repository, MemoryStore) {
     let store = MemoryStore::new();
     let options = InitOptions {
         block_size: BlockSize::new(block_size).unwrap(),
-        compression: Compression::Zstd(1),
+        ..init_options()
     };
     let shared = Arc::new(store.clone());
     (Repository::init_on(shared, options, jiff::Timestamp::UNIX_EPOCH).unwrap(), store)
@@ -172,7 +172,7 @@ fn a_damaged_block_fails_its_points_and_no_others() {
     store.overwrite(pack, &bytes);
     let from = Repository::open_on(
         Arc::new(store.reopened(Access::ReadOnly)),
-        OpenOptions { read_only: true, cache_dir: None },
+        OpenOptions { read_only: true, ..open_options() },
     )
     .unwrap();
     let outcomes: Vec<bool> = points
@@ -198,10 +198,10 @@ fn an_interrupted_copy_leaves_no_point_and_the_next_one_sends_little_again() {
     let folder = tempfile::tempdir().unwrap();
     let (from, _) = repository(65_536);
     let store = MemoryStore::new();
-    Repository::init_on(Arc::new(store.clone()), InitOptions::default(), now()).unwrap();
+    Repository::init_on(Arc::new(store.clone()), init_options(), now()).unwrap();
     let open = || {
         let cache_dir = Some(folder.path().to_owned());
-        let options = OpenOptions { cache_dir, read_only: false };
+        let options = OpenOptions { cache_dir, ..open_options() };
         Repository::open_on(Arc::new(store.clone()), options).unwrap()
     };
     let mut model = Model::of_blocks(from.block_size(), 5000);

@@ -6,9 +6,12 @@
 mod world;
 
 use icecore_repository::store::{CallFault, CrashMode, SimFileSystem, Torn};
-use icecore_repository::{Error, InitOptions, OpenOptions, Repository, Result};
+use icecore_repository::{Error, Repository, Result};
 use rustix::io::Errno;
-use world::{assert_points_are_right, assert_sound, backup, gc, initialised, open, store};
+use world::{
+    assert_points_are_right, assert_sound, backup, gc, init_options, initialised, open,
+    open_options, store,
+};
 
 const CRASHES: [CallFault; 3] =
     [CallFault::CrashBefore, CallFault::CrashTorn, CallFault::CrashAfter];
@@ -68,7 +71,7 @@ fn crash_everywhere(
 #[test]
 fn a_crash_at_any_call_of_init_leaves_a_repository_or_room_for_one() {
     let init = |fs: &SimFileSystem| {
-        let options = InitOptions::default();
+        let options = init_options();
         Repository::init_on(store(fs), options, jiff::Timestamp::UNIX_EPOCH).map(drop)
     };
     for fault in CRASHES {
@@ -78,7 +81,7 @@ fn a_crash_at_any_call_of_init_leaves_a_repository_or_room_for_one() {
             let done = init(&fs).is_ok();
             for mode in modes(call) {
                 let after = fs.after_crash(mode);
-                match Repository::open_on(store(&after), OpenOptions::default()) {
+                match Repository::open_on(store(&after), open_options()) {
                     Ok(_) => (),
                     Err(Error::NotARepository { .. }) if !done => init(&after).unwrap(),
                     Err(error) => panic!("call {call} {fault:?} {mode:?}: {error}"),

@@ -7,8 +7,8 @@ mod support;
 use std::path::{Path, PathBuf};
 
 use icecore_repository::{
-    BlockSize, CapsulePart, ChainChoice, Compression, DiskId, InitOptions, OpenOptions, Point,
-    Repository,
+    BlockSize, CapsulePart, ChainChoice, Compression, DiskId, Error, InitOptions, KeyMaterial,
+    OpenOptions, Point, Repository,
 };
 use support::*;
 
@@ -16,7 +16,12 @@ fn fixture(version: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../images/fixtures").join(version)
 }
 
-/// The disks of the three points of the fixture.
+/// The key of encrypted fixtures; no secret.
+fn key() -> KeyMaterial {
+    KeyMaterial::from_key_file(b"the key of fixtures is no secret".to_vec().into()).unwrap()
+}
+
+/// The disks of the three points of each fixture.
 fn models() -> [(&'static str, Vec<(DiskId, Model)>); 3] {
     let size = BlockSize::new(4096).unwrap();
     let mut vda = Model::of_blocks(size, 70_000);
@@ -38,10 +43,22 @@ fn models() -> [(&'static str, Vec<(DiskId, Model)>); 3] {
 
 #[test]
 fn version_1_is_read_byte_for_byte() {
-    let options = OpenOptions { cache_dir: None, read_only: true };
-    let repo = Repository::open(fixture("v1"), options).unwrap();
+    assert_reads("v1", false, Vec::new());
+}
+
+#[test]
+fn version_1_encrypted_is_read_byte_for_byte() {
+    assert_reads("v1-encrypted", true, vec![key()]);
+    let without = Repository::open(fixture("v1-encrypted"), OpenOptions::default());
+    assert!(matches!(without, Err(Error::KeyMissing { .. })));
+}
+
+fn assert_reads(version: &str, encrypted: bool, keys: Vec<KeyMaterial>) {
+    let options = OpenOptions { read_only: true, keys, ..OpenOptions::default() };
+    let repo = Repository::open(fixture(version), options).unwrap();
     let info = repo.info().unwrap();
     assert_eq!((info.version, info.points, info.chains), (1, 3, 1));
+    assert_eq!(info.encrypted, encrypted);
     for (point, (label, disks)) in repo.points().unwrap().iter().zip(models()) {
         assert_eq!(point.meta.label.as_deref(), Some(label));
         assert_eq!(point.disks.len(), disks.len());
@@ -58,14 +75,17 @@ fn version_1_is_read_byte_for_byte() {
     assert!(report.ok, "{report:?}");
 }
 
-/// Wrote the fixture, with the program of its version:
-/// `FIXTURE=/new/folder cargo test -p icecore-repository --test fixture -- --ignored`.
+/// Wrote the fixtures, with the program of their version:
+/// `FIXTURE=/new/folder cargo test -p icecore-repository --test fixture -- --ignored`; an encrypted one
+/// when the folder's name says so.
 #[test]
 #[ignore = "writes a fixture"]
 fn write_a_fixture() {
     let folder = PathBuf::from(std::env::var_os("FIXTURE").unwrap());
     let block_size = BlockSize::new(4096).unwrap();
-    let options = InitOptions { block_size, compression: Compression::Zstd(1) };
+    let encrypted = folder.to_string_lossy().ends_with("-encrypted");
+    let keys = encrypted.then(key).into_iter().collect();
+    let options = InitOptions { block_size, compression: Compression::Zstd(1), keys };
     let repo = Repository::init(&folder, options).unwrap();
     let mut last: Option<Point> = None;
     for (label, disks) in models() {

@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex};
 use icecore_repository::store::{
     ObjectEntry, ObjectName, ObjectWriter, SimFileSystem, Store, StoreError,
 };
-use icecore_repository::{Error, GcOptions, OpenOptions, Point, Repository};
+use icecore_repository::{Error, GcOptions, Point, Repository};
 use world::{
     VM, VirtualPace, assert_points_are_right, assert_sound, backup, disks_at, gc, initialised,
-    open, prepare, prepare_disks,
+    open, open_options, prepare, prepare_disks,
 };
 
 fn packs(fs: &SimFileSystem) -> usize {
@@ -169,7 +169,7 @@ fn suspended_at(fs: &SimFileSystem, prefix: &'static str) -> Result<Point, Error
     let happening = Happening::default();
     let inner = world::store(fs);
     let store = Interrupted { inner, prefix, happening: Arc::clone(&happening) };
-    let repository = Repository::open_on(Arc::new(store), OpenOptions::default()).unwrap();
+    let repository = Repository::open_on(Arc::new(store), open_options()).unwrap();
     let pending = prepare(&repository, 1).unwrap();
     let elsewhere = fs.clone();
     let collect = move || {

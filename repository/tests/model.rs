@@ -9,8 +9,7 @@ use std::sync::Arc;
 
 use icecore_repository::store::{Access, DirectoryStore, SimFileSystem};
 use icecore_repository::{
-    BlockIndex, BlockSize, ChainChoice, Compression, DiskId, InitOptions, OpenOptions, Point,
-    Repository,
+    BlockIndex, BlockSize, ChainChoice, DiskId, InitOptions, OpenOptions, Point, Repository,
 };
 use proptest::prelude::*;
 use support::*;
@@ -156,7 +155,7 @@ impl History {
         let fs = Arc::new(SimFileSystem::new());
         let store = Arc::new(DirectoryStore::on(fs, "memory", Access::ReadWrite));
         let size = BlockSize::new(BLOCK).unwrap();
-        let options = InitOptions { block_size: size, compression: Compression::Zstd(1) };
+        let options = InitOptions { block_size: size, ..init_options() };
         let repo = Repository::init_on(store.clone(), options, now()).unwrap();
         // Enough for a base that small deltas do not swallow at once.
         let mut model = Model::of_blocks(size, 2 * REGION + 300);
@@ -176,7 +175,7 @@ impl History {
     fn run(&mut self, step: &Step) {
         if step.reopen {
             let cache_dir = Some(self.cache.path().to_owned());
-            let options = OpenOptions { cache_dir, read_only: false };
+            let options = OpenOptions { cache_dir, ..open_options() };
             self.repo = Repository::open_on(self.store.clone(), options).unwrap();
         }
         for (disk, (_, changes)) in self.disks.iter_mut().zip(&step.disks) {

@@ -5,13 +5,13 @@
 mod support;
 
 use icecore_repository::{
-    ChainChoice, Compression, DiskStart, Encoded, Error, InitOptions, OpenOptions, Repository,
+    ChainChoice, DiskStart, Encoded, Error, InitOptions, OpenOptions, Repository,
 };
 use support::*;
 
 fn repository(folder: &tempfile::TempDir) -> Repository {
     let size = icecore_repository::BlockSize::new(4096).unwrap();
-    let options = InitOptions { block_size: size, compression: Compression::Zstd(1) };
+    let options = InitOptions { block_size: size, ..init_options() };
     Repository::init(folder.path().join("repo"), options).unwrap()
 }
 
@@ -39,7 +39,7 @@ fn a_chain_of_points_restores_byte_for_byte() {
     assert_eq!(second.parent.as_ref(), Some(&first.id));
     assert!(second.id > first.id);
 
-    let again = Repository::open(folder.path().join("repo"), OpenOptions::default()).unwrap();
+    let again = Repository::open(folder.path().join("repo"), open_options()).unwrap();
     assert_eq!(again.points().unwrap().len(), 2);
     let found = again.point(&second.id).unwrap();
     prove(&again, &found, &vda, &model);
@@ -115,16 +115,16 @@ fn what_is_no_repository_is_named_and_nothing_is_overwritten() {
     std::fs::write(path("file"), b"x").unwrap();
     std::fs::create_dir(path("empty")).unwrap();
     for name in ["file", "empty", "missing"] {
-        let error = Repository::open(path(name), OpenOptions::default()).unwrap_err();
+        let error = Repository::open(path(name), open_options()).unwrap_err();
         assert!(matches!(error, Error::NotARepository { .. }), "{name}: {error}");
         assert!(error.to_string().contains("icecore repo init"), "{error}");
     }
     std::fs::create_dir(path("full")).unwrap();
     std::fs::write(path("full").join("letter.txt"), b"x").unwrap();
-    let error = Repository::init(path("full"), InitOptions::default()).unwrap_err();
+    let error = Repository::init(path("full"), init_options()).unwrap_err();
     assert!(matches!(error, Error::InitRefused { .. }) && error.to_string().contains("letter.txt"));
-    Repository::init(path("empty"), InitOptions::default()).unwrap();
-    let again = Repository::init(path("empty"), InitOptions::default());
+    Repository::init(path("empty"), init_options()).unwrap();
+    let again = Repository::init(path("empty"), init_options());
     assert!(matches!(again, Err(Error::InitRefused { .. })));
 }
 
@@ -134,7 +134,7 @@ fn a_repository_opened_read_only_is_read_and_not_written() {
     let repo = repository(&folder);
     let model = Model::of_blocks(repo.block_size(), 5);
     let point = write_point(&repo, ChainChoice::New, &disk("vda"), None, &model, &all(&model));
-    let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+    let options = OpenOptions { read_only: true, ..open_options() };
     let read = Repository::open(folder.path().join("repo"), options).unwrap();
     prove(&read, &point, &disk("vda"), &model);
     let begin = icecore_repository::BeginPoint { vm: vm(), chain: ChainChoice::New, now: now() };

@@ -19,7 +19,7 @@ const BLOCK: usize = 65_536;
 
 fn repository(fs: &Arc<SimFileSystem>, compression: Compression) -> Repository {
     let store = DirectoryStore::on(Arc::clone(fs) as _, "memory", Access::ReadWrite);
-    let options = InitOptions { block_size: BlockSize::DEFAULT, compression };
+    let options = InitOptions { compression, ..init_options() };
     Repository::init_on(Arc::new(store), options, now()).unwrap()
 }
 

@@ -67,6 +67,9 @@ impl Icecore {
         let mut text = format!("[api]\nsocket = '{}'\n", socket.display());
         text += more;
         text += &format!("\n[repository.main]\nurl = '{repository}'\n");
+        if let Some(key) = self.key_file() {
+            text += &format!("key_file = '{}'\n", key.display());
+        }
         for vm in vms {
             text += &format!("[vm.{}]\nqmp = '{}'\n", vm.name(), vm.qmp().display());
         }

@@ -1,6 +1,9 @@
 //! The `icecore` binary, run from outside.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::{File, OpenOptions};
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -15,6 +18,9 @@ use crate::vm::TestVm;
 
 /// No command of a test takes longer; at the deadline it is killed and the test fails.
 const RUN_DEADLINE: Duration = Duration::from_secs(180);
+
+/// Names the key of an encrypted repository.
+const KEY_FILE: &str = "ICECORE_KEY_FILE";
 
 /// From the start of a backup to its copy.
 const COPY_DEADLINE: Duration = Duration::from_secs(30);
@@ -84,10 +90,29 @@ impl Icecore {
         Ok(Self { binary: binary()?, repository, scratch, environment: Vec::new() })
     }
 
+    /// With a fresh state folder, a fresh key file and a fresh repository that is encrypted with it.
+    /// Every command gets the key through its environment.
+    pub fn encrypted() -> Result<Self> {
+        let mut icecore = Self::without_repository()?;
+        let path = icecore.path("key");
+        let mut key = [0; 32];
+        File::open("/dev/urandom")?.read_exact(&mut key)?;
+        let mut private = OpenOptions::new();
+        private.write(true).create_new(true).mode(0o600).open(&path)?.write_all(&key)?;
+        icecore.environment.push((KEY_FILE.to_owned(), path.into()));
+        icecore.init(&["--encrypt"])
+    }
+
     fn init(self, arguments: &[&str]) -> Result<Self> {
         let init = self.command("repo").arg("init").arg(&self.repository);
         init.args(arguments).succeed()?;
         Ok(self)
+    }
+
+    /// The key of an encrypted repository.
+    pub fn key_file(&self) -> Option<&Path> {
+        let key = self.environment.iter().find(|(name, _)| name == KEY_FILE);
+        key.map(|(_, path)| Path::new(path))
     }
 
     /// The repository's folder.
@@ -115,6 +140,8 @@ impl Icecore {
         let mut command = Command::new(&self.binary);
         command.arg(subcommand).arg("--state-dir").arg(self.scratch.join("state"));
         command.env("ICECORE_CACHE_DIR", self.scratch.join("cache"));
+        // Whatever whoever runs the tests has in his own.
+        command.env_remove(KEY_FILE).env_remove("ICECORE_PASSPHRASE_FILE");
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         Run { command }
     }
@@ -207,6 +234,12 @@ impl Run {
     /// An environment variable.
     pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
         self.command.env(name, value);
+        self
+    }
+
+    /// Without an environment variable that it would have.
+    pub fn env_remove(mut self, name: &str) -> Self {
+        self.command.env_remove(name);
         self
     }
 

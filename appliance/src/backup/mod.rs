@@ -12,8 +12,8 @@ use std::time::Instant;
 use icecore_io_engine::{Pace, Pacing, Priority};
 use icecore_qmp::bitmap::{BitmapName, Granularity, NamePart};
 use icecore_repository::{
-    BeginPoint, ChainChoice, ChainId, DiskId, DiskMeta, Error as RepositoryError, Point, PointMeta,
-    PointWriter, Repository, VmName, WriterInfo,
+    BeginPoint, CapsulePart, ChainChoice, ChainId, DiskId, DiskMeta, Error as RepositoryError,
+    Point, PointMeta, PointWriter, Repository, VmName, WriterInfo,
 };
 use jiff::Timestamp;
 
@@ -313,6 +313,18 @@ impl<C: Capture> Backup<'_, C> {
         }
     }
 
+    /// Binary parts of the capsule, which may hold secrets of the guest.
+    fn parts(&self) -> Vec<CapsulePart> {
+        let parts = self.capture.parts();
+        if !parts.is_empty() && !self.repository.is_encrypted() {
+            tracing::warn!(
+                "the firmware's variables may hold secrets and are stored in clear; \
+                 an encrypted repository ('icecore repo init --encrypt') would seal them"
+            );
+        }
+        parts
+    }
+
     /// Ends a run that failed before its commit.
     async fn give_up(&mut self, writer: Option<PointWriter>, failure: Failure) -> Failure {
         let settled = self.capture.settle(Fate::NotCommitted).await;
@@ -342,7 +354,7 @@ impl<C: Capture> Backup<'_, C> {
                 host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
                 version: env!("CARGO_PKG_VERSION").into(),
             },
-            parts: self.capture.parts(),
+            parts: self.parts(),
         }
     }
 

@@ -14,7 +14,8 @@ pub use super::policy_args::{
     RecordImportArgs, ScheduleCommand,
 };
 pub use super::repository_args::{
-    COPY_EXAMPLES, CatalogCommand, ChainCommand, CheckArgs, CopyArgs, DiffArgs, GcArgs, PointArgs,
+    COPY_EXAMPLES, CatalogCommand, ChainCommand, CheckArgs, CopyArgs, DiffArgs, GcArgs, KeyAddArgs,
+    KeyCommand, PointArgs,
     PointCommand, RepoCommand, RepoInitArgs,
 };
 pub use super::restore_args::{
@@ -50,6 +51,15 @@ pub struct Global {
     #[arg(long, global = true, env = "ICECORE_CACHE_DIR", value_name = "DIR", hide_env = true)]
     #[arg(help_heading = "Global options")]
     pub cache_dir: Option<PathBuf>,
+    /// Key of an encrypted repository: any bytes, at least 32, or a recovery kit (the daemon takes it
+    /// from its own configuration)
+    #[arg(long, global = true, env = "ICECORE_KEY_FILE", value_name = "FILE", hide_env = true)]
+    #[arg(help_heading = "Global options")]
+    pub key_file: Option<PathBuf>,
+    /// File with a passphrase of an encrypted repository; /dev/stdin is one, too
+    #[arg(long, global = true, env = "ICECORE_PASSPHRASE_FILE", value_name = "FILE")]
+    #[arg(hide_env = true, help_heading = "Global options")]
+    pub passphrase_file: Option<PathBuf>,
     /// One JSON document on stdout instead of tables
     #[arg(long, global = true, help_heading = "Global options")]
     pub json: bool,

@@ -1,5 +1,7 @@
 //! Flags of the commands on a repository and its points.
 
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand};
 
 use super::args::RepoArgs;
@@ -8,7 +10,9 @@ use crate::names;
 #[derive(Debug, Subcommand)]
 pub enum RepoCommand {
     /// Make a new repository
-    #[command(after_help = "Example:\n  icecore repo init /backup --compression zstd:3")]
+    #[command(after_help = "Examples:\n  icecore repo init /backup --compression zstd:3\n  \
+head -c 32 /dev/urandom > /root/key && chmod 600 /root/key\n  \
+icecore repo init /backup --encrypt --key-file /root/key")]
     Init(RepoInitArgs),
     /// Take up a repository on this host: what a new host runs after a disaster
     #[command(after_help = "Example:\n  icecore repo open /backup")]
@@ -24,6 +28,57 @@ pub enum RepoCommand {
         #[arg(env = "ICECORE_REPO")]
         repo: String,
     },
+    /// List, add and remove the keys of an encrypted repository
+    #[command(subcommand)]
+    Key(KeyCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum KeyCommand {
+    /// List the keys that open it
+    #[command(after_help = "Example:\n  icecore repo key list /backup --key-file /root/key")]
+    List {
+        /// Repository
+        repo: String,
+    },
+    /// Let another key open it, too; no data are rewritten
+    #[command(after_help = "Example:\n  icecore repo key add /backup --key-file /root/key \
+--new-key-file /root/key2 --label 'second site'")]
+    Add(KeyAddArgs),
+    /// Take a key away; the last one stays
+    #[command(after_help = "Example:\n  icecore repo key remove /backup KEY --key-file /root/key2")]
+    Remove {
+        /// Repository
+        repo: String,
+        /// The key's id, or a unique prefix
+        key: String,
+    },
+    /// Write the recovery kit: the master key as text, for paper
+    #[command(after_help = "Example:\n  icecore repo key kit /backup --key-file /root/key \
+-o /dev/stdout")]
+    Kit {
+        /// Repository
+        repo: String,
+        /// A file that is not there yet, or /dev/stdout
+        #[arg(long, short, value_name = "FILE")]
+        output: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct KeyAddArgs {
+    /// Repository
+    pub repo: String,
+    /// The new key: any bytes, at least 32
+    #[arg(long, value_name = "FILE", required_unless_present = "new_passphrase_file")]
+    #[arg(conflicts_with = "new_passphrase_file")]
+    pub new_key_file: Option<PathBuf>,
+    /// A file with the new passphrase; /dev/stdin is one, too
+    #[arg(long, value_name = "FILE")]
+    pub new_passphrase_file: Option<PathBuf>,
+    /// What you call it; whoever sees the repository can read it
+    #[arg(long, value_name = "TEXT")]
+    pub label: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -37,6 +92,12 @@ pub struct RepoInitArgs {
     /// zstd:LEVEL or none
     #[arg(long, value_name = "CODEC", default_value = "zstd:1")]
     pub compression: String,
+    /// Seal all of it with a key that the store never sees: give --key-file or --passphrase-file
+    #[arg(long)]
+    pub encrypt: bool,
+    /// Write the recovery kit into this new file; without this it is shown, on a terminal only
+    #[arg(long, value_name = "FILE", requires = "encrypt")]
+    pub recovery_kit: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -125,6 +186,9 @@ pub struct CheckArgs {
     /// Read and decode so many per cent of the blocks
     #[arg(long, value_name = "PERCENT", value_parser = percent)]
     pub sample: Option<f64>,
+    /// Read every object and verify its checksum, which needs no key
+    #[arg(long, conflicts_with_all = ["sample", "read_data", "point"])]
+    pub scrub: bool,
 }
 
 /// Shown below the help of `copy`.

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use icecore_repository::{CheckOptions, CheckReport};
+use icecore_repository::store::Access;
+use icecore_repository::{CheckOptions, CheckReport, scrub};
 
 use super::point::find;
 use crate::cli::args::CheckArgs;
@@ -21,6 +22,10 @@ use crate::state::JobKind;
 /// Runs `icecore check`.
 pub async fn run(context: &Context, args: CheckArgs) -> Outcome<u8> {
     let tried = format!("check the repository {}", args.repo.repo);
+    if context.through_daemon && args.scrub {
+        let why = "the daemon checks with its keys, and a scrub is for where there are none";
+        return Err(Failure::usage(tried, why).next("leave out --daemon or --scrub"));
+    }
     if context.through_daemon {
         let body = CheckBody {
             repo: Some(client::repo(context, &args.repo.repo, &tried)?),
@@ -53,6 +58,9 @@ async fn check(
     interrupt: &Interrupt,
     tried: &str,
 ) -> Outcome<CheckReport> {
+    if args.scrub {
+        return scrub_all(context, args, interrupt, tried).await;
+    }
     // Writable where that is possible: packs found damaged are marked, so that the next point
     // builds nothing on them.
     let repository = context.open(&args.repo.repo)?;
@@ -70,6 +78,25 @@ async fn check(
     let work = move || {
         repository
             .check(&options, |now| counted.read_bytes.store(now.bytes_read, Ordering::Relaxed))
+            .map_err(|e| Failure::from_repository(&about, e))
+    };
+    interrupt.race(tried, work).await
+}
+
+/// Verifies checksums alone: neither a key nor the right to write is needed.
+async fn scrub_all(
+    context: &Context,
+    args: &CheckArgs,
+    interrupt: &Interrupt,
+    tried: &str,
+) -> Outcome<CheckReport> {
+    let address = context.repository_address(&args.repo.repo)?;
+    let counted = Arc::new(icecore_io_engine::Progress::default());
+    let _shown = Progress::show("scrubbing".into(), Meter::new(0, Arc::clone(&counted)), context);
+    let about = tried.to_owned();
+    let work = move || {
+        let store = address.open(Access::ReadOnly).map_err(|e| Failure::usage(&about, e))?;
+        scrub(store, |now| counted.read_bytes.store(now.bytes_read, Ordering::Relaxed))
             .map_err(|e| Failure::from_repository(&about, e))
     };
     interrupt.race(tried, work).await

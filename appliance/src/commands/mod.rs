@@ -12,6 +12,7 @@ pub mod gc;
 pub mod generate;
 pub mod hook;
 pub mod job;
+pub mod key;
 pub mod point;
 pub mod prune;
 pub mod quota;

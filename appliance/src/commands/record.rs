@@ -2,14 +2,15 @@
 //!
 //! ```text
 //! { "format": "icecore record 1", "repository": ID, "point": ID, "exported_at": TIME,
-//!   "description": the point as JSON, for people and their programs,
+//!   "description": the point as JSON, for people and their programs (null when the repository is
+//!                  encrypted: the record shows no more of the point than the repository does),
 //!   "manifest": the manifest object in hex, "checksum": BLAKE3 over all but the description }
 //! ```
 //! The description is not trusted: it has to be what the manifest says.
 
 use std::path::Path;
 
-use icecore_repository::{CheckOptions, PointId, RecordState, Repository};
+use icecore_repository::{CheckOptions, Point, PointId, RecordState, Repository};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -85,7 +86,7 @@ fn export(context: &Context, args: &RecordExportArgs) -> Outcome<u8> {
         repository: repository.id().to_string(),
         point: point.id.clone(),
         exported_at: Timestamp::now(),
-        description: serde_json::to_value(&point).map_err(|e| Failure::failed(&tried, e))?,
+        description: describe(&repository, &point).map_err(|e| Failure::failed(&tried, e))?,
         manifest: to_hex(&manifest),
         checksum: String::new(),
     };
@@ -118,7 +119,7 @@ fn import(context: &Context, args: &RecordImportArgs) -> Outcome<u8> {
     }
     let failed = |e| Failure::from_repository(&tried, e);
     let point = repository.read_manifest(&record.point, &manifest).map_err(failed)?;
-    let described = serde_json::to_value(&point).map_err(|e| Failure::failed(&tried, e))?;
+    let described = describe(&repository, &point).map_err(|e| Failure::failed(&tried, e))?;
     if described != record.description {
         return Err(Failure::damaged(tried, "its description is not what its manifest says"));
     }
@@ -136,6 +137,13 @@ fn import(context: &Context, args: &RecordImportArgs) -> Outcome<u8> {
         (false, RecordState::Deleted) => Status::Refused as u8,
         _ => DAMAGED,
     })
+}
+
+fn describe(repository: &Repository, point: &Point) -> serde_json::Result<serde_json::Value> {
+    if repository.is_encrypted() {
+        return Ok(serde_json::Value::Null);
+    }
+    serde_json::to_value(point)
 }
 
 /// Reads a record and verifies what can be verified without a repository.

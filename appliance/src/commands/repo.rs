@@ -1,8 +1,9 @@
 //! `icecore repo` and `icecore catalog`.
 
-use icecore_repository::store::{CreateOnly, Found};
-use icecore_repository::{BlockSize, Compression, InitOptions, Repository};
+use icecore_repository::store::{Address, CreateOnly, Found};
+use icecore_repository::{BlockSize, Compression, InitOptions, KeyMaterial, Repository};
 
+use super::key;
 use crate::cli::OK;
 use crate::cli::args::{CatalogCommand, RepoCommand, RepoInitArgs};
 use crate::context::Context;
@@ -16,21 +17,65 @@ pub fn run(context: &Context, command: RepoCommand) -> Outcome<u8> {
         RepoCommand::Init(args) => init(context, &args),
         RepoCommand::Open { repo } => super::repo_open::run(context, &repo),
         RepoCommand::Info { repo } => info(context, &repo),
+        RepoCommand::Key(command) => key::run(context, command),
     }
 }
 
 fn init(context: &Context, args: &RepoInitArgs) -> Outcome<u8> {
     let tried = format!("make a repository at {}", args.repo);
+    let address = context.repository_address(&args.repo)?;
+    let keys = keys(context, args, &address, &tried)?;
     let options = InitOptions {
         block_size: BlockSize::new(args.block_size).map_err(|e| Failure::usage(&tried, e))?,
         compression: compression(&args.compression).map_err(|e| Failure::usage(&tried, e))?,
+        keys: keys.clone(),
     };
-    let address = context.repository_address(&args.repo)?;
-    let repository =
-        Repository::init_at(&address, options).map_err(|e| Failure::from_repository(tried, e))?;
+    // Before there is anything that it would be needed for.
+    let kit = args.recovery_kit.as_deref().map(|path| key::new_file(path, &tried)).transpose()?;
+    let made = Repository::init_at(&address, options);
+    let repository = match made {
+        Ok(repository) => repository,
+        Err(error) => {
+            if let (Some(_), Some(path)) = (&kit, &args.recovery_kit) {
+                // It is empty, and no file of anybody else: it was just created.
+                let _ = std::fs::remove_file(path);
+            }
+            return Err(Failure::from_repository(tried, error));
+        }
+    };
     // What init has found to be good enough, for people to see.
     let found = address.probe().map_err(|e| Failure::failed("look at the new repository", e))?;
-    describe(context, &repository, &args.repo, Some(&found))
+    describe(context, &repository, &args.repo, Some(&found))?;
+    if args.encrypt {
+        key::hand_out_kit(context, &repository, &keys, kit, &tried)?;
+    }
+    Ok(OK)
+}
+
+/// What the new repository is to be opened with; nothing where it is not to be encrypted.
+fn keys(
+    context: &Context,
+    args: &RepoInitArgs,
+    address: &Address,
+    tried: &str,
+) -> Outcome<Vec<KeyMaterial>> {
+    if !args.encrypt {
+        return match context.key_file_of(address) {
+            None => Ok(Vec::new()),
+            Some(_) => {
+                let why = "the configuration has a key_file for it, which --encrypt would use";
+                Err(Failure::usage(tried, why).next("add --encrypt, or take key_file out"))
+            }
+        };
+    }
+    let keys = context.keys(address)?;
+    if keys.is_empty() {
+        return Err(Failure::usage(tried, "--encrypt needs a key, and none is named").next(
+            "make one with 'head -c 32 /dev/urandom > FILE' and name it with --key-file, or \
+             give --passphrase-file",
+        ));
+    }
+    Ok(keys)
 }
 
 fn info(context: &Context, repo: &str) -> Outcome<u8> {

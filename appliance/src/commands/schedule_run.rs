@@ -114,7 +114,7 @@ async fn command(
     if let Some(config) = &context.config_path {
         command.arg("--config").arg(config);
     }
-    command.env("ICECORE_CACHE_DIR", &context.cache_dir);
+    command.env("ICECORE_CACHE_DIR", &context.cache_dir).envs(context.keys.variables());
     command.stdin(Stdio::null()).stdout(std::io::stderr());
     Ok(command.status().await.map_err(failed)?.code())
 }

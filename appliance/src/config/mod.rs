@@ -76,7 +76,7 @@ impl Config {
 pub struct RepositoryConfig {
     /// A directory's path.
     pub url: String,
-    /// The file with its key.
+    /// The file with its key. With it, a repository that is not encrypted is refused.
     pub key_file: Option<PathBuf>,
 }
 

@@ -11,10 +11,8 @@ pub(super) fn problems(config: &Config, places: &Places) -> Vec<Problem> {
     for (name, repository) in &config.repository {
         let table = format!("repository.{name}");
         all.require(!repository.url.is_empty(), &table, || "its url is empty".into());
-        // Blocks would lie there unsealed, and nobody would know.
-        all.require(repository.key_file.is_none(), &table, || {
-            "key_file: repositories cannot be encrypted yet; leave it out".into()
-        });
+        let absolute = repository.key_file.as_ref().is_none_or(|file| file.is_absolute());
+        all.require(absolute, &table, || "key_file is no absolute path".into());
     }
     for (name, vm) in &config.vm {
         all.vm(name, vm);
@@ -197,7 +195,7 @@ mod tests {
         for (text, about) in [
             ("[vm.x]\nqga = '/q'\n", "either qmp or image"),
             ("[vm.'a/b']\nqmp = '/q'\n", "1 "),
-            ("[repository.r]\nurl = '/r'\nkey_file = '/k'\n", "encrypted"),
+            ("[repository.r]\nurl = '/r'\nkey_file = 'k'\n", "absolute"),
             ("[quota.p]\npoints = 3\n", "no VM has project"),
             ("[quota.p]\ngigabytes = nan\n", "no size"),
             ("[limits]\njobs = 0\n", "jobs = 0"),

@@ -42,6 +42,15 @@ pub fn start(
     };
     command.args(["--io-engine", engine, "--memory", &global.memory.to_string()]);
     command.args(["--quiet", "--json", "--as-job", job.as_str()]).args(arguments);
+    let keys = [
+        ("ICECORE_KEY_FILE", &global.key_file),
+        ("ICECORE_PASSPHRASE_FILE", &global.passphrase_file),
+    ];
+    for (variable, file) in keys {
+        if let Some(file) = file {
+            command.env(variable, file);
+        }
+    }
     for variable in OWN_VARIABLES {
         command.env_remove(variable);
     }

@@ -63,7 +63,7 @@ pub(super) fn check_maps(
 /// Reads all of a run: every entry's pack is among those that gc is told of, and holds the block in
 /// the slot that the entry names.
 fn scrub(inner: &Arc<Inner>, reference: &RunRef, packs: &mut BTreeSet<PackId>) -> Result<()> {
-    let run = Arc::new(RunReader::open(&inner.store, &inner.config.id, reference)?);
+    let run = Arc::new(RunReader::open(&inner.store, &inner.sealing, reference)?);
     let listed: BTreeSet<PackId> = run.packs()?.into_iter().collect();
     packs.extend(&listed);
     let object = names::run(reference.run)?;
@@ -162,11 +162,11 @@ pub(super) fn check_packs(
     findings: &mut Findings<'_>,
 ) -> Result<()> {
     let depth = Depth::of(options)?;
-    let mut unpacker = Unpacker::new()?;
+    let mut unpacker = Unpacker::new(inner.sealing.hasher())?;
     for pack in packs {
         let object = names::pack(*pack)?;
         // Not from the cache: it may be older than the damage.
-        let toc = PackToc::read(&*inner.store, &inner.config.id, *pack);
+        let toc = PackToc::read(&*inner.store, &inner.sealing, *pack);
         if let Some(toc) = findings.note(object.as_str(), toc)? {
             let mut scrubber = FrameScrubber { inner, pack: *pack, unpacker: &mut unpacker };
             scrubber.check(&toc, &depth, findings)?;
@@ -207,7 +207,7 @@ impl FrameScrubber<'_> {
             for (slot, frame) in group {
                 let at = (u64::from(frame.offset) - start) as usize;
                 let stored = &buffer[at..at + frame.stored_bytes as usize];
-                let verified = self.verify(*slot, frame, stored);
+                let verified = self.verify(toc, *slot, frame, stored);
                 findings.note(object.as_str(), verified)?;
                 findings.progress.blocks_checked += 1;
             }
@@ -216,7 +216,13 @@ impl FrameScrubber<'_> {
         Ok(())
     }
 
-    fn verify(&mut self, slot: usize, frame: &FrameInfo, stored: &[u8]) -> Result<()> {
+    fn verify(
+        &mut self,
+        toc: &PackToc,
+        slot: usize,
+        frame: &FrameInfo,
+        stored: &[u8],
+    ) -> Result<()> {
         let damaged = |kind, detail: String| -> Result<()> {
             let detail = format!("slot {slot}, block {}: {detail}", frame.id);
             Err(Damage::new(names::pack(self.pack)?, kind, detail).into())
@@ -228,7 +234,8 @@ impl FrameScrubber<'_> {
             return damaged(DamageKind::Limit, "it claims to be larger than a block".to_owned());
         }
         let mut block = vec![0; frame.raw_bytes as usize];
-        match self.unpacker.unpack(frame.codec, stored, &frame.id, &mut block) {
+        // A pack has at most 65,536 slots.
+        match toc.unpack(slot as u32, stored, self.unpacker, &mut block) {
             Ok(()) => Ok(()),
             Err(detail) => damaged(DamageKind::Content, detail),
         }

@@ -9,6 +9,9 @@
 mod coordination;
 mod data;
 mod points;
+mod scrub;
+
+pub use scrub::scrub;
 
 use std::collections::BTreeSet;
 
@@ -17,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{DamageKind, Error, Result};
 use crate::geometry::BlockIndex;
 use crate::ids::{DiskId, PackId, PointId};
+use crate::keys;
 use crate::names;
 use crate::point::Point;
 use crate::repository::Repository;
@@ -196,6 +200,18 @@ impl Repository {
         Ok((names, self.inner.coordination.standing()?))
     }
 
+    /// Whether each key is whole; whether somebody still has it, nobody can tell.
+    fn check_keys(&self, findings: &mut Findings<'_>) -> Result<()> {
+        let store = &*self.inner.store;
+        for name in store.names(names::KEYS)? {
+            let verified = keys::verify(store, self.id(), &name);
+            if verified.is_ok() || store.exists(&name)? {
+                findings.note(name.as_str(), verified)?;
+            }
+        }
+        Ok(())
+    }
+
     fn look(
         &self,
         options: &CheckOptions,
@@ -207,6 +223,7 @@ impl Repository {
         findings.note(names::CONFIG, config)?;
         if options.point.is_none() {
             coordination::check(&self.inner, &mut findings)?;
+            self.check_keys(&mut findings)?;
         }
         let points = points::check(&self.inner, options, &mut findings)?;
         let packs = data::check_maps(&self.inner, &points, options, &mut findings)?;

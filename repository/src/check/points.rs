@@ -92,14 +92,14 @@ fn read_manifest(inner: &Inner, id: &PointId) -> Result<(Point, Vec<u8>)> {
     let bytes = inner.manifest_bytes(id)?;
     let (point, parts) = inner.decode_manifest(id, &bytes)?;
     for part in &point.parts {
-        manifest::part(&point, parts, part.name.as_str())?;
+        manifest::part(&point, &parts, part.name.as_str())?;
     }
     Ok((point, bytes))
 }
 
 fn read_receipt(inner: &Inner, id: &PointId) -> Result<Receipt> {
     let bytes = inner.store.read(&names::receipt(id)?, RECEIPT_BYTES_MAX)?;
-    Receipt::decode(&inner.config.id, id, &bytes)
+    Receipt::decode(&inner.sealing, id, &bytes)
 }
 
 fn check_receipt(

@@ -99,13 +99,13 @@ impl Contents for Inner {
     }
 
     fn packs(&self, run: &RunRef) -> Result<Vec<PackId>> {
-        RunReader::open(&self.store, &self.config.id, run)?.packs()
+        RunReader::open(&self.store, &self.sealing, run)?.packs()
     }
 
     fn complete_receipt(&self, point: &PointId) -> Result<()> {
         let bytes = self.manifest_bytes(point)?;
         let (decoded, _) = self.decode_manifest(point, &bytes)?;
-        let receipt = Receipt::of(&decoded, &bytes).encode(&self.config.id)?;
+        let receipt = Receipt::of(&decoded, &bytes).encode(&self.sealing)?;
         Ok(self.store.put(&names::receipt(point)?, &receipt)?)
     }
 }

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::ids::{Checksum, PackId, PointId, RepositoryId, RunId, WriterId};
 use crate::names;
 use crate::point::RunRef;
+use crate::sealing::Sealing;
 use crate::store::{
     Access, DirectoryStore, ObjectEntry, ObjectName, ObjectWriter, SimFileSystem, Store, StoreError,
 };
@@ -195,7 +196,8 @@ struct Host {
 
 impl Host {
     fn new(store: Arc<dyn Store>, seed: u64) -> Self {
-        let coordination = Coordination::new(Arc::clone(&store), RepositoryId::from_random(1));
+        let sealing = Sealing::plain(RepositoryId::from_random(1));
+        let coordination = Coordination::new(Arc::clone(&store), sealing);
         Self { store, coordination, random: Random(seed) }
     }
 

@@ -6,8 +6,8 @@ use super::layout::{self, TRAILER_BYTES, Trailer};
 use super::reader::{RunReader, RunSource};
 use super::{PageCursor, empty_page};
 use crate::geometry::{BlockIndex, DISK_BLOCKS_MAX};
-use crate::ids::RepositoryId;
 use crate::point::RunRef;
+use crate::sealing::Sealing;
 
 /// One part of a run; the first byte chooses which.
 pub(crate) fn parts(data: &[u8]) {
@@ -18,16 +18,16 @@ pub(crate) fn parts(data: &[u8]) {
         2 => drop(layout::parse_table(bytes, bytes.len() as u64)),
         _ => {
             if let Some(trailer) = bytes.first_chunk::<TRAILER_BYTES>() {
-                let _ = Trailer::parse(trailer, bytes.len() as u64);
+                let _ = Trailer::parse(trailer, bytes.len() as u64, 0);
             }
         }
     }
 }
 
 /// A whole run, read as far as it goes.
-pub(crate) fn run(object: Vec<u8>, repository: &RepositoryId, reference: &RunRef) {
+pub(crate) fn run(object: Vec<u8>, sealing: &Sealing, reference: &RunRef) {
     let source = RunSource::Memory(Arc::new(object));
-    let Ok(run) = RunReader::of(source, repository, reference) else { return };
+    let Ok(run) = RunReader::of(source, sealing, reference) else { return };
     let _ = run.packs();
     let mut cursor = PageCursor::new(&[Arc::new(run)]);
     let mut at = BlockIndex(0);

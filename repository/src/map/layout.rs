@@ -17,8 +17,14 @@
 //! ```
 //! Checksums are the first half of a BLAKE3. A manifest holds the BLAKE3 of the trailer, which
 //! covers the table, which covers the indexes, which cover the pages.
+//!
+//! In an encrypted repository every page, index, the table, the packs and the trailer are sealed one by
+//! one (+ tag 16), each under its offset as number. Lengths and checksums are those of sealed parts.
+//! Behind the trailer: CRC-32C of all bytes before u32, "MENS" 4; the manifest's BLAKE3 covers the
+//! sealed trailer and these.
 
 use crate::content::{FANOUT, NodeHash};
+use crate::crypto::TAG_BYTES;
 use crate::envelope::STREAM_HEADER_BYTES;
 use crate::geometry::DISK_BLOCKS_MAX;
 use crate::ids::{BlockId, PackId};
@@ -38,6 +44,9 @@ pub(crate) const REGIONS_MAX: u64 = DISK_BLOCKS_MAX / REGION_BLOCKS;
 pub(crate) const RUN_PACKS_MAX: usize = 1 << 20;
 
 const TRAILER_MAGIC: &[u8; 4] = b"MEND";
+/// Behind the trailer of a sealed run: what whoever has no key can scrub it by.
+pub(crate) const FOOTER_BYTES: usize = 8;
+const FOOTER_MAGIC: &[u8; 4] = b"MENS";
 const ZERO_ENTRY: u8 = 0;
 const DATA_ENTRY: u8 = 1;
 const DATA_ENTRY_BYTES: usize = 2 + 1 + 4 + 32;
@@ -62,7 +71,7 @@ pub(crate) fn short_sum(parts: &[&[u8]]) -> ShortSum {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Piece {
     pub(crate) offset: u64,
-    /// 0 means that nothing is stored: all zero.
+    /// As it is stored; 0 means that nothing is stored: all zero.
     pub(crate) bytes: u32,
     pub(crate) sum: ShortSum,
 }
@@ -117,8 +126,13 @@ impl Trailer {
         bytes
     }
 
-    /// Parses the trailer of a run of `run_bytes`; the parts it names fill the run exactly.
-    pub(crate) fn parse(bytes: &[u8; TRAILER_BYTES], run_bytes: u64) -> Result<Self, Flaw> {
+    /// Parses the trailer of a run of `run_bytes` whose parts are each stored with `overhead` bytes
+    /// more; the parts it names fill the run exactly.
+    pub(crate) fn parse(
+        bytes: &[u8; TRAILER_BYTES],
+        run_bytes: u64,
+        overhead: usize,
+    ) -> Result<Self, Flaw> {
         let crc = crc32c::crc32c(&bytes[..60]);
         if bytes[60..] != crc.to_le_bytes() || &bytes[56..60] != TRAILER_MAGIC {
             return Err("its trailer does not match");
@@ -136,7 +150,9 @@ impl Trailer {
         if over || trailer.packs as usize > RUN_PACKS_MAX {
             return Err("it claims more regions or packs than a run can have");
         }
-        let end = trailer.table_bytes() + trailer.packs_bytes() + TRAILER_BYTES as u64;
+        let overheads = 2 * overhead as u64;
+        let parts = trailer.table_bytes() + trailer.packs_bytes() + overheads;
+        let end = parts + tail_bytes(overhead) as u64;
         let fills = trailer.table_offset.checked_add(end) == Some(run_bytes);
         if fills && trailer.table_offset >= STREAM_HEADER_BYTES as u64 {
             Ok(trailer)
@@ -152,6 +168,19 @@ impl Trailer {
     pub(crate) fn packs_bytes(&self) -> u64 {
         u64::from(self.packs) * PACK_ID_BYTES as u64
     }
+}
+
+/// Bytes behind a run's packs: the trailer and, of a sealed run, the footer.
+pub(crate) fn tail_bytes(overhead: usize) -> usize {
+    TRAILER_BYTES + if overhead > 0 { overhead + FOOTER_BYTES } else { 0 }
+}
+
+/// The end of a sealed run of which `crc` is the CRC-32C.
+pub(crate) fn footer(crc: u32) -> [u8; FOOTER_BYTES] {
+    let mut bytes = [0; FOOTER_BYTES];
+    bytes[..4].copy_from_slice(&crc.to_le_bytes());
+    bytes[4..].copy_from_slice(FOOTER_MAGIC);
+    bytes
 }
 
 pub(crate) fn encode_region(record: &RegionRecord, into: &mut Vec<u8>) {
@@ -212,7 +241,7 @@ fn parse_piece(fields: &mut Fields<'_>, end: u64, bytes_max: usize) -> Result<Pi
     }
     let inside = piece.offset >= STREAM_HEADER_BYTES as u64
         && piece.offset.checked_add(u64::from(piece.bytes)).is_some_and(|stop| stop <= end);
-    if inside && piece.bytes as usize <= bytes_max {
+    if inside && piece.bytes as usize <= bytes_max + TAG_BYTES {
         Ok(piece)
     } else {
         Err("it refers to bytes outside of it")
@@ -400,13 +429,16 @@ mod tests {
             packs_sum: [2; 16],
         };
         let length = 100 + 64 + 32 + 64;
-        assert_eq!(Trailer::parse(&good.encode(), length), Ok(good));
-        assert!(Trailer::parse(&good.encode(), length + 1).is_err());
+        assert_eq!(Trailer::parse(&good.encode(), length, 0), Ok(good));
+        let sealed = length + 3 * TAG_BYTES as u64 + FOOTER_BYTES as u64;
+        assert_eq!(Trailer::parse(&good.encode(), sealed, TAG_BYTES), Ok(good));
+        assert!(Trailer::parse(&good.encode(), length, TAG_BYTES).is_err());
+        assert!(Trailer::parse(&good.encode(), length + 1, 0).is_err());
         let overflow = Trailer { table_offset: u64::MAX - 3, ..good };
-        assert!(Trailer::parse(&overflow.encode(), length).is_err());
+        assert!(Trailer::parse(&overflow.encode(), length, 0).is_err());
         let huge = Trailer { regions: u32::MAX, ..good };
-        assert!(Trailer::parse(&huge.encode(), u64::MAX).is_err());
+        assert!(Trailer::parse(&huge.encode(), u64::MAX, 0).is_err());
         let early = Trailer { table_offset: 8, ..good };
-        assert!(Trailer::parse(&early.encode(), length - 92).is_err());
+        assert!(Trailer::parse(&early.encode(), length - 92, 0).is_err());
     }
 }

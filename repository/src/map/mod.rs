@@ -21,7 +21,7 @@ use crate::point::Location;
 pub(crate) use delta::DeltaWriter;
 pub(crate) use merge::{Below, fold, merge_count};
 pub(crate) use reader::RunReader;
-pub(crate) use scrub::scrub_run;
+pub(crate) use scrub::{scrub_run, scrub_stored};
 pub(crate) use view::{MapView, PageCursor};
 pub(crate) use writer::{RunDraft, RunWriter};
 

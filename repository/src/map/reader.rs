@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use crate::content::NodeHash;
-use crate::envelope::{self, Kind, STREAM_HEADER_BYTES};
+use crate::crypto::Part;
+use crate::envelope::{Kind, STREAM_HEADER_BYTES};
 use crate::error::{Damage, DamageKind, Result};
-use crate::ids::{PackId, RepositoryId};
+use crate::ids::PackId;
 use crate::names;
 use crate::point::RunRef;
+use crate::sealing::{Sealing, Stream};
 use crate::store::{ObjectName, Store};
 
 use super::layout::{
@@ -54,6 +56,7 @@ impl RunSource {
 pub(crate) struct RunReader {
     source: RunSource,
     object: String,
+    stream: Stream,
     trailer: Trailer,
     table: Vec<RegionRecord>,
 }
@@ -62,21 +65,21 @@ impl RunReader {
     /// Opens a stored run, verified against what the manifest says of it.
     pub(crate) fn open(
         store: &Arc<dyn Store>,
-        repository: &RepositoryId,
+        sealing: &Sealing,
         reference: &RunRef,
     ) -> Result<Self> {
         let source = RunSource::Object(Arc::clone(store), names::run(reference.run)?);
-        Self::of(source, repository, reference)
+        Self::of(source, sealing, reference)
     }
 
     /// Opens a run wherever its bytes are.
-    pub(crate) fn of(
-        source: RunSource,
-        repository: &RepositoryId,
-        reference: &RunRef,
-    ) -> Result<Self> {
+    pub(crate) fn of(source: RunSource, sealing: &Sealing, reference: &RunRef) -> Result<Self> {
         let object = names::run(reference.run)?.to_string();
         let damaged = |kind, detail: Flaw| Damage::new(&object, kind, detail);
+        let not_sealed = || {
+            let flaw = "a part of it was not sealed with this repository's key";
+            damaged(DamageKind::Foreign, flaw)
+        };
         let least = (STREAM_HEADER_BYTES + TRAILER_BYTES) as u64;
         let bytes = source.bytes()?;
         if bytes != reference.bytes || bytes < least {
@@ -84,33 +87,43 @@ impl RunReader {
         }
         let mut header = [0; STREAM_HEADER_BYTES];
         source.read_exact(0, &mut header)?;
-        envelope::check_stream_header(Kind::RUN, repository, reference.run.0, &object, &header)?;
-        let mut trailer = [0; TRAILER_BYTES];
-        source.read_exact(bytes - TRAILER_BYTES as u64, &mut trailer)?;
-        if blake3::hash(&trailer) != reference.trailer.0 {
+        let stream = sealing.open_stream(Kind::RUN, reference.run.0, &object, &header)?;
+        let overhead = stream.overhead();
+        let mut tail = vec![0; layout::tail_bytes(overhead)];
+        let tail_offset = bytes
+            .checked_sub(tail.len() as u64)
+            .ok_or_else(|| damaged(DamageKind::Length, "it is too short for a run"))?;
+        source.read_exact(tail_offset, &mut tail)?;
+        if blake3::hash(&tail) != reference.trailer.0 {
             return Err(damaged(DamageKind::Checksum, "its trailer is not the manifest's").into());
         }
-        let trailer = Trailer::parse(&trailer, bytes)
+        let sealed = &mut tail[..TRAILER_BYTES + overhead];
+        let trailer = stream.open(Part(tail_offset), sealed).ok_or_else(not_sealed)?;
+        let trailer: &[u8; TRAILER_BYTES] = trailer.try_into().map_err(|_| not_sealed())?;
+        let trailer = Trailer::parse(trailer, bytes, overhead)
             .map_err(|flaw| damaged(DamageKind::Inconsistent, flaw))?;
         // Checked above: at most 65,536 regions.
-        let mut table = vec![0; trailer.table_bytes() as usize];
+        let mut table = vec![0; trailer.table_bytes() as usize + overhead];
         source.read_exact(trailer.table_offset, &mut table)?;
         if layout::short_sum(&[&header, &table]) != trailer.table_sum {
             return Err(damaged(DamageKind::Checksum, "its table does not match").into());
         }
-        let table = layout::parse_table(&table, trailer.table_offset)
+        let part = Part(trailer.table_offset);
+        let table = stream.open(part, &mut table).ok_or_else(not_sealed)?;
+        let table = layout::parse_table(table, trailer.table_offset)
             .map_err(|flaw| damaged(DamageKind::Inconsistent, flaw))?;
-        Ok(Self { source, object, trailer, table })
+        Ok(Self { source, object, stream, trailer, table })
     }
 
     /// The packs that the run refers to, sorted.
     pub(crate) fn packs(&self) -> Result<Vec<PackId>> {
         // At most RUN_PACKS_MAX ids, checked when the trailer was parsed.
-        let mut bytes = vec![0; self.trailer.packs_bytes() as usize];
-        let offset = self.trailer.table_offset + self.trailer.table_bytes();
+        let overhead = self.stream.overhead();
+        let mut bytes = vec![0; self.trailer.packs_bytes() as usize + overhead];
+        let offset = self.trailer.table_offset + self.trailer.table_bytes() + overhead as u64;
         self.source.read_exact(offset, &mut bytes)?;
-        self.verify(&bytes, self.trailer.packs_sum)?;
-        let (ids, _) = bytes.as_chunks::<PACK_ID_BYTES>();
+        let packs = self.opened(offset, &mut bytes, self.trailer.packs_sum)?;
+        let (ids, _) = packs.as_chunks::<PACK_ID_BYTES>();
         Ok(ids.iter().copied().map(PackId).collect())
     }
 
@@ -135,19 +148,23 @@ impl RunReader {
         // At most 256 records, checked when the table was parsed.
         let mut bytes = vec![0; record.piece.bytes as usize];
         self.source.read_exact(record.piece.offset, &mut bytes)?;
-        self.verify(&bytes, record.piece.sum)?;
-        if !bytes.len().is_multiple_of(INDEX_RECORD_BYTES) {
+        let index = self.opened(record.piece.offset, &mut bytes, record.piece.sum)?;
+        if !index.len().is_multiple_of(INDEX_RECORD_BYTES) {
             return Err(self.flawed("an index is cut off"));
         }
-        layout::parse_index(&bytes, record.piece.offset).map_err(|flaw| self.flawed(flaw))
+        layout::parse_index(index, record.piece.offset).map_err(|flaw| self.flawed(flaw))
     }
 
-    fn verify(&self, bytes: &[u8], sum: ShortSum) -> Result<()> {
-        if layout::short_sum(&[bytes]) == sum {
-            return Ok(());
+    /// What a part holds, verified and opened where it lies.
+    fn opened<'a>(&self, offset: u64, stored: &'a mut [u8], sum: ShortSum) -> Result<&'a [u8]> {
+        if layout::short_sum(&[stored]) != sum {
+            let detail = "a part of it does not match its checksum";
+            return Err(Damage::new(&self.object, DamageKind::Checksum, detail).into());
         }
-        let detail = "a part of it does not match its checksum";
-        Err(Damage::new(&self.object, DamageKind::Checksum, detail).into())
+        self.stream.open(Part(offset), stored).ok_or_else(|| {
+            let detail = "a part of it was not sealed with this repository's key";
+            Damage::new(&self.object, DamageKind::Foreign, detail).into()
+        })
     }
 
     fn flawed(&self, flaw: Flaw) -> crate::error::Error {
@@ -160,11 +177,13 @@ pub(crate) struct RunCursor {
     pub(crate) run: Arc<RunReader>,
     window: Vec<u8>,
     window_offset: u64,
+    /// A page while it is being opened: the window may be asked for it again.
+    page: Vec<u8>,
 }
 
 impl RunCursor {
     pub(crate) fn new(run: Arc<RunReader>) -> Self {
-        Self { run, window: Vec::new(), window_offset: 0 }
+        Self { run, window: Vec::new(), window_offset: 0, page: Vec::new() }
     }
 
     /// Lays a page under `slots`.
@@ -177,9 +196,10 @@ impl RunCursor {
         }
         self.fill(piece)?;
         let start = (piece.offset - self.window_offset) as usize;
-        let bytes = &self.window[start..start + piece.bytes as usize];
-        self.run.verify(bytes, piece.sum)?;
-        layout::parse_page(bytes, slots).map_err(|flaw| self.run.flawed(flaw))
+        self.page.clear();
+        self.page.extend_from_slice(&self.window[start..start + piece.bytes as usize]);
+        let page = self.run.opened(piece.offset, &mut self.page, piece.sum)?;
+        layout::parse_page(page, slots).map_err(|flaw| self.run.flawed(flaw))
     }
 
     /// Moves the window so that it covers `piece`, which lies below the table.

@@ -4,11 +4,13 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::content::{NodeHash, ZERO_NODE};
-use crate::envelope::{self, Kind};
+use crate::crypto::Part;
+use crate::envelope::Kind;
 use crate::error::{Error, Result};
-use crate::ids::{Checksum, PackId, RepositoryId, RunId};
+use crate::ids::{Checksum, PackId, RunId};
 use crate::names;
 use crate::point::RunRef;
+use crate::sealing::{Sealing, Stream};
 use crate::store::{ObjectWriter, Store};
 
 use super::layout::{
@@ -25,8 +27,10 @@ pub(crate) struct RunWriter {
     store: Arc<dyn Store>,
     id: RunId,
     object: Option<Box<dyn ObjectWriter>>,
-    header: Vec<u8>,
+    stream: Stream,
     pending: Vec<u8>,
+    /// CRC-32C of all bytes so far, of a sealed run.
+    crc: u32,
     /// Bytes that have left `pending`.
     written_bytes: u64,
     index: Vec<u8>,
@@ -42,20 +46,22 @@ pub(crate) struct RunDraft {
 }
 
 impl RunWriter {
-    pub(crate) fn new(store: Arc<dyn Store>, repository: &RepositoryId, id: RunId) -> Self {
-        let header = envelope::stream_header(Kind::RUN, repository, id.0);
-        Self {
+    /// `id` is drawn at random for this run: of a sealed one it decides the key.
+    pub(crate) fn new(store: Arc<dyn Store>, sealing: &Sealing, id: RunId) -> Result<Self> {
+        let stream = sealing.stream(Kind::RUN, id.0)?;
+        Ok(Self {
             store,
             id,
             object: None,
-            pending: header.clone(),
-            header,
+            pending: stream.header().to_vec(),
+            crc: crc32c::crc32c(stream.header()),
+            stream,
             written_bytes: 0,
             index: Vec::new(),
             table: Vec::new(),
             packs: BTreeSet::new(),
             entries: 0,
-        }
+        })
     }
 
     /// True when nothing was written: such a run is left out of the map.
@@ -72,7 +78,7 @@ impl RunWriter {
             self.note_packs(slots)?;
             let mut bytes = Vec::new();
             layout::encode_page(slots, &mut bytes);
-            self.append(&bytes)?
+            self.append(bytes)?
         };
         encode_index(&IndexRecord { page, piece, leaf }, &mut self.index);
         Ok(())
@@ -86,10 +92,8 @@ impl RunWriter {
     /// Ends a region; `node` covers all its blocks, inherited ones too.
     pub(crate) fn end_region(&mut self, region: u32, node: NodeHash) -> Result<()> {
         let index = std::mem::take(&mut self.index);
-        let piece = self.append(&index)?;
+        let piece = self.append(index)?;
         encode_region(&RegionRecord { region, piece, node }, &mut self.table);
-        self.index = index;
-        self.index.clear();
         Ok(())
     }
 
@@ -103,24 +107,28 @@ impl RunWriter {
     /// Ends the run. A large one is durable then, a small one is still in memory.
     pub(crate) fn finish(mut self) -> Result<RunDraft> {
         let packs: Vec<u8> = self.packs.iter().flat_map(|pack| pack.0).collect();
-        let trailer = Trailer {
-            // Bounded by the regions of a disk and by RUN_PACKS_MAX.
-            regions: (self.table.len() / layout::REGION_RECORD_BYTES) as u32,
-            packs: self.packs.len() as u32,
-            table_offset: self.written_bytes + self.pending.len() as u64,
-            entries: self.entries,
-            table_sum: layout::short_sum(&[&self.header, &self.table]),
-            packs_sum: layout::short_sum(&[&packs]),
-        };
-        let trailer = trailer.encode();
-        for part in [&std::mem::take(&mut self.table)[..], &packs, &trailer] {
-            self.append(part)?;
+        // Bounded by the regions of a disk and by RUN_PACKS_MAX.
+        let regions = (self.table.len() / layout::REGION_RECORD_BYTES) as u32;
+        let table_offset = self.offset();
+        let table = std::mem::take(&mut self.table);
+        let table = self.sealed(table)?;
+        let table_sum = layout::short_sum(&[self.stream.header(), &table]);
+        self.put(&table)?;
+        let packs = self.sealed(packs)?;
+        let packs_sum = layout::short_sum(&[&packs]);
+        self.put(&packs)?;
+        let (entries, packs) = (self.entries, self.packs.len() as u32);
+        let trailer = Trailer { regions, packs, table_offset, entries, table_sum, packs_sum };
+        let mut tail = self.sealed(trailer.encode().to_vec())?;
+        if self.stream.is_encrypted() {
+            tail.extend_from_slice(&layout::footer(crc32c::crc32c_append(self.crc, &tail)));
         }
+        self.put(&tail)?;
         let reference = RunRef {
             run: self.id,
-            bytes: self.written_bytes + self.pending.len() as u64,
+            bytes: self.offset(),
             entries: self.entries,
-            trailer: Checksum(*blake3::hash(&trailer).as_bytes()),
+            trailer: Checksum(*blake3::hash(&tail).as_bytes()),
         };
         let source = match self.object.take() {
             None => RunSource::Memory(Arc::new(self.pending)),
@@ -148,14 +156,31 @@ impl RunWriter {
         })
     }
 
-    fn append(&mut self, bytes: &[u8]) -> Result<Piece> {
-        let offset = self.written_bytes + self.pending.len() as u64;
-        self.pending.extend_from_slice(bytes);
-        if self.pending.len() > RUN_MEMORY_BYTES {
-            self.spill()?;
+    /// Bytes of the run so far: where the next part begins.
+    fn offset(&self) -> u64 {
+        self.written_bytes + self.pending.len() as u64
+    }
+
+    /// The next part as it is stored.
+    fn sealed(&self, mut part: Vec<u8>) -> Result<Vec<u8>> {
+        self.stream.seal(Part(self.offset()), &mut part, 0)?;
+        Ok(part)
+    }
+
+    fn append(&mut self, part: Vec<u8>) -> Result<Piece> {
+        let offset = self.offset();
+        let part = self.sealed(part)?;
+        self.put(&part)?;
+        // Pages and indexes are small.
+        Ok(Piece { offset, bytes: part.len() as u32, sum: layout::short_sum(&[&part]) })
+    }
+
+    fn put(&mut self, part: &[u8]) -> Result<()> {
+        if self.stream.is_encrypted() {
+            self.crc = crc32c::crc32c_append(self.crc, part);
         }
-        // Pages and indexes are small; of larger parts the piece is not used.
-        Ok(Piece { offset, bytes: bytes.len() as u32, sum: layout::short_sum(&[bytes]) })
+        self.pending.extend_from_slice(part);
+        if self.pending.len() > RUN_MEMORY_BYTES { self.spill() } else { Ok(()) }
     }
 
     fn spill(&mut self) -> Result<()> {

@@ -34,9 +34,10 @@ pub use life::Life;
 pub use standing::{PointStanding, Standing};
 pub use watch::Watch;
 
-use crate::envelope::{self, Kind};
+use crate::envelope::Kind;
 use crate::error::{Damage, DamageKind, Result};
-use crate::ids::{PackId, PointId, RepositoryId, WriterId};
+use crate::ids::{PackId, PointId, WriterId};
+use crate::sealing::Sealing;
 use crate::store::{ObjectName, Store};
 
 /// Everything of this module; not under an object lock.
@@ -56,19 +57,19 @@ const RECORD_BYTES_MAX: u64 = 1 << 20;
 #[derive(Debug, Clone)]
 pub(crate) struct Coordination {
     store: Arc<dyn Store>,
-    repository: RepositoryId,
+    sealing: Sealing,
 }
 
 impl Coordination {
-    /// Of the repository with this id in this store.
-    pub(crate) fn new(store: Arc<dyn Store>, repository: RepositoryId) -> Self {
-        Self { store, repository }
+    /// Of a repository in this store.
+    pub(crate) fn new(store: Arc<dyn Store>, sealing: Sealing) -> Self {
+        Self { store, sealing }
     }
 
     fn put<T: Serialize>(&self, name: &ObjectName, kind: Kind, record: &T) -> Result<()> {
         let payload = serde_json::to_vec(record)
             .map_err(|error| Damage::new(name, DamageKind::Inconsistent, error.to_string()))?;
-        let bytes = envelope::seal(kind, &self.repository, &payload);
+        let bytes = self.sealing.close(kind, name.as_str(), &payload)?;
         Ok(self.store.put(name, &bytes)?)
     }
 
@@ -79,8 +80,8 @@ impl Coordination {
 
     fn get<T: DeserializeOwned>(&self, name: &ObjectName, kind: Kind) -> Result<T> {
         let bytes = self.store.read(name, RECORD_BYTES_MAX)?;
-        let payload = envelope::open(kind, &self.repository, name.as_str(), &bytes)?;
-        serde_json::from_slice(payload)
+        let payload = self.sealing.open(kind, name.as_str(), &bytes)?;
+        serde_json::from_slice(&payload)
             .map_err(|error| Damage::new(name, DamageKind::Inconsistent, error.to_string()).into())
     }
 
@@ -110,6 +111,12 @@ impl Coordination {
             let detail = "no object of a repository has this name";
             Err(Damage::new(name, DamageKind::Foreign, detail).into())
         }
+    }
+
+    /// Whether an object of [`COORDINATION`] holds a record, as opposed to saying all by its name.
+    pub(crate) fn is_record(&self, name: &ObjectName) -> bool {
+        let in_any = |prefixes: &[&str]| prefixes.iter().any(|p| name.as_str().starts_with(p));
+        in_any(&[WRITERS, REVOKED, FATES, QUARANTINE])
     }
 
     /// Makes durable what others may have left visible only: conclusions will be drawn from it.

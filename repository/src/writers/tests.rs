@@ -5,11 +5,12 @@ use std::time::Duration;
 use super::fate::Wish;
 use super::*;
 use crate::error::Error;
+use crate::ids::RepositoryId;
 use crate::store::{Access, CallFault, CrashMode, DirectoryStore, SimFileSystem};
 
 fn coordination(fs: &SimFileSystem) -> Coordination {
     let store = DirectoryStore::on(Arc::new(fs.clone()), "sim", Access::ReadWrite);
-    Coordination::new(Arc::new(store), RepositoryId::from_random(1))
+    Coordination::new(Arc::new(store), Sealing::plain(RepositoryId::from_random(1)))
 }
 
 fn writer(number: u128) -> WriterId {

@@ -2,6 +2,9 @@
 //! bytes follow, so that a terabyte costs as much as its blocks in use.
 #![allow(dead_code, reason = "each test uses its part")]
 
+#[path = "../keys/mod.rs"]
+mod keys;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use icecore_repository::{
@@ -9,6 +12,9 @@ use icecore_repository::{
     ContentHasher, DiskId, DiskMeta, DiskMode, DiskStart, DiskWriter, Encoded, ParentBlock, Point,
     PointId, PointMeta, PointWriter, Repository, VmName, WriterInfo,
 };
+
+#[allow(unused_imports, reason = "each test uses its part")]
+pub use keys::{init_options, open_options};
 
 pub fn now() -> jiff::Timestamp {
     jiff::Timestamp::from_second(1_800_000_000).unwrap()

@@ -2,17 +2,22 @@
 
 #![allow(dead_code)] // each test file uses its part
 
+#[path = "../keys/mod.rs"]
+mod keys;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use icecore_repository::store::{Access, DirectoryStore, SimFileSystem, Store};
 use icecore_repository::{
-    BeginPoint, BlockIndex, BlockSize, ChainChoice, CheckOptions, CheckReport, Compression,
-    Consistency, ConsistencyLevel, ContentHasher, DiskId, DiskStart, GcOptions, InitOptions,
-    OpenOptions, Pace, ParentBlock, Point, PointMeta, PointWriter, Repository, Result, VmName,
-    WriterInfo,
+    BeginPoint, BlockIndex, BlockSize, ChainChoice, CheckOptions, CheckReport, Consistency,
+    ConsistencyLevel, ContentHasher, DiskId, DiskStart, GcOptions, InitOptions, Pace, ParentBlock,
+    Point, PointMeta, PointWriter, Repository, Result, VmName, WriterInfo,
 };
+
+#[allow(unused_imports, reason = "each test file uses its part")]
+pub use keys::{init_options, open_options};
 
 pub const BLOCK: usize = 4096;
 
@@ -26,16 +31,14 @@ pub fn store(fs: &SimFileSystem) -> Arc<dyn Store> {
 /// A file system with an empty repository, all of it durable.
 pub fn initialised() -> SimFileSystem {
     let fs = SimFileSystem::new();
-    let options = InitOptions {
-        block_size: BlockSize::new(BLOCK as u64).unwrap(),
-        compression: Compression::Zstd(1),
-    };
+    let block_size = BlockSize::new(BLOCK as u64).unwrap();
+    let options = InitOptions { block_size, ..init_options() };
     Repository::init_on(store(&fs), options, jiff::Timestamp::UNIX_EPOCH).unwrap();
     fs
 }
 
 pub fn open(fs: &SimFileSystem) -> Repository {
-    Repository::open_on(store(fs), OpenOptions::default()).unwrap()
+    Repository::open_on(store(fs), open_options()).unwrap()
 }
 
 /// A block whose content is told by its tag.

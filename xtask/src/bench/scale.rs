@@ -138,8 +138,8 @@ fn many(lab: &Lab) -> Result<PathBuf> {
     let failed =
         |error: &dyn std::fmt::Display| Failure::new(format!("{}: {error}", path.display()));
     Repository::init(&path, InitOptions::default()).map_err(|error| failed(&error))?;
-    let options = OpenOptions { cache_dir: None, read_only: false };
-    let repository = Repository::open(&path, options).map_err(|error| failed(&error))?;
+    let repository =
+        Repository::open(&path, OpenOptions::default()).map_err(|error| failed(&error))?;
     for number in 0..POINTS {
         add_point(&repository, number).map_err(|error| failed(&error))?;
     }

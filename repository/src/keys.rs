@@ -1,0 +1,244 @@
+//! The keys of an encrypted repository: opening it with one, adding, listing and removing them.
+//!
+//! All keys seal the same master key, each in an object of its own, so adding or removing one rewrites
+//! nothing else. What somebody has once opened stays open to him: against a key that was stolen together
+//! with its object, only a new repository helps.
+
+use jiff::Timestamp;
+
+use crate::config::Config;
+use crate::crypto::{
+    Drawn, KEY_BYTES_MAX, KeyInfo, KeyMaterial, Keys, MasterKey, RecoveryKit, WrappedKey,
+};
+use crate::error::{Damage, DamageKind, Error, Result};
+use crate::ids::{KeyId, RepositoryId};
+use crate::names;
+use crate::repository::{Repository, random};
+use crate::sealing::Sealing;
+use crate::store::{ObjectName, Store};
+
+/// What the objects of a repository are read and written with, opened by one of `given`.
+pub(crate) fn sealing(
+    store: &dyn Store,
+    config: &Config,
+    given: &[KeyMaterial],
+) -> Result<Sealing> {
+    if !config.is_encrypted() {
+        return Ok(Sealing::plain(config.id.clone()));
+    }
+    let (master, _) = unlock(store, &config.id, given)?;
+    let keys = Keys::derive(&config.id, &master)?;
+    if !config.is_proven(&keys) {
+        let detail = "what it says is not what was said when the repository was made";
+        return Err(Damage::new(names::CONFIG, DamageKind::Checksum, detail).into());
+    }
+    Ok(Sealing::encrypted(config.id.clone(), keys))
+}
+
+/// The master key, and the key that opened it (none for a recovery kit).
+fn unlock(
+    store: &dyn Store,
+    repository: &RepositoryId,
+    given: &[KeyMaterial],
+) -> Result<(MasterKey, Option<KeyId>)> {
+    let location = || store.location().to_owned();
+    if given.is_empty() {
+        return Err(Error::KeyMissing { location: location() });
+    }
+    if let Some(kit) = given.iter().find_map(|key| key.kit_of(repository)) {
+        return Ok((kit.master(), None));
+    }
+    let mut tried = 0;
+    let mut unusable = None;
+    for id in ids(store)? {
+        let opened = read(store, &id).and_then(|bytes| open(repository, &id, &bytes, given));
+        match opened {
+            Ok(Some(master)) => return Ok((master, Some(id))),
+            Ok(None) => tried += 1,
+            Err(error) => unusable = Some(error),
+        }
+    }
+    match unusable {
+        // It may be the one that is meant.
+        Some(error) => Err(error),
+        None => {
+            let why = format!("what was given is none of its {tried} keys");
+            Err(Error::KeyRefused { location: location(), why })
+        }
+    }
+}
+
+fn open(
+    repository: &RepositoryId,
+    id: &KeyId,
+    bytes: &[u8],
+    given: &[KeyMaterial],
+) -> Result<Option<MasterKey>> {
+    let key = WrappedKey::parse(repository, id, bytes)?;
+    for material in given {
+        if let Some(master) = key.unwrap(repository, material)? {
+            return Ok(Some(master));
+        }
+    }
+    Ok(None)
+}
+
+fn ids(store: &dyn Store) -> Result<Vec<KeyId>> {
+    let names = store.names(names::KEYS)?;
+    Ok(names.iter().filter_map(|name| name.last_part().parse().ok()).collect())
+}
+
+fn read(store: &dyn Store, id: &KeyId) -> Result<Vec<u8>> {
+    Ok(store.read(&names::key(id)?, KEY_BYTES_MAX)?)
+}
+
+/// Stores the master key for whoever gives `material`.
+pub(crate) fn store(
+    store: &dyn Store,
+    repository: &RepositoryId,
+    master: &MasterKey,
+    material: &KeyMaterial,
+    label: Option<String>,
+    now: Timestamp,
+) -> Result<KeyInfo> {
+    let drawn = Drawn { id: u128::from_le_bytes(random()?), salt: random()? };
+    let (info, bytes) = WrappedKey::wrap(repository, master, material, label, now, &drawn)?;
+    store.put(&names::key(&info.id)?, &bytes)?;
+    Ok(info)
+}
+
+/// Removes keys that a crashed `init` has left where there is nothing else; returns what else there is.
+pub(crate) fn remove_unfinished(store: &dyn Store) -> Result<Vec<ObjectName>> {
+    let found = store.names("")?;
+    for name in &found {
+        let id = name.as_str().strip_prefix(names::KEYS).and_then(|id| id.parse::<KeyId>().ok());
+        let Some(id) = id else { return Ok(found) };
+        if WrappedKey::is_one(&id, &read(store, &id)?).is_err() {
+            return Ok(found);
+        }
+    }
+    store.delete(&found)?;
+    Ok(Vec::new())
+}
+
+/// Verifies an object below `keys/`.
+pub(crate) fn verify(
+    store: &dyn Store,
+    repository: &RepositoryId,
+    name: &ObjectName,
+) -> Result<()> {
+    let Ok(id) = name.last_part().parse::<KeyId>() else {
+        let detail = "no object of a repository has this name";
+        return Err(Damage::new(name, DamageKind::Foreign, detail).into());
+    };
+    WrappedKey::parse(repository, &id, &read(store, &id)?).map(drop)
+}
+
+impl Repository {
+    /// The keys that open it, the oldest first. None where it is not encrypted.
+    ///
+    /// # Errors
+    /// `Damaged` when one of them cannot be read; the store's.
+    pub fn keys(&self) -> Result<Vec<KeyInfo>> {
+        let store = &*self.inner.store;
+        let mut keys = Vec::new();
+        for id in ids(store)? {
+            keys.push(WrappedKey::parse(self.id(), &id, &read(store, &id)?)?.info());
+        }
+        keys.sort_by(|one, two| (one.created_at, &one.id).cmp(&(two.created_at, &two.id)));
+        Ok(keys)
+    }
+
+    /// Lets `new` open it, too. `current` opens it now.
+    ///
+    /// # Errors
+    /// `Refused` when it is not encrypted or `new` opens it already; `KeyRefused` when `current` does
+    /// not open it; `ReadOnly`; the store's.
+    pub fn add_key(
+        &self,
+        current: &[KeyMaterial],
+        new: &KeyMaterial,
+        label: Option<String>,
+        now: Timestamp,
+    ) -> Result<KeyInfo> {
+        self.inner.refuse_read_only("add a key")?;
+        self.must_be_encrypted()?;
+        let master = self.master(current)?;
+        match unlock(&*self.inner.store, self.id(), std::slice::from_ref(new)) {
+            Ok(_) => {
+                return Err(Error::Refused {
+                    what: "the new key opens the repository already".to_owned(),
+                    advice: "give another key file or passphrase",
+                });
+            }
+            Err(Error::KeyRefused { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        store(&*self.inner.store, self.id(), &master, new, label, now)
+    }
+
+    /// Takes a key away; returns what it was. The last one stays.
+    ///
+    /// # Errors
+    /// `NotFound`; `Refused` when it is the last one; `ReadOnly`; the store's.
+    pub fn remove_key(&self, id: &KeyId) -> Result<()> {
+        self.inner.refuse_read_only("remove a key")?;
+        self.must_be_encrypted()?;
+        let known = ids(&*self.inner.store)?;
+        if !known.contains(id) {
+            return Err(Error::NotFound { what: format!("key {id}") });
+        }
+        if known.len() == 1 {
+            return Err(Error::Refused {
+                what: format!("key {id} is the only one; without it nobody could read the points"),
+                advice: "add another one with `icecore repo key add` first",
+            });
+        }
+        Ok(self.inner.store.delete(&[names::key(id)?])?)
+    }
+
+    /// The id of the key that `given` is; none for a recovery kit.
+    ///
+    /// # Errors
+    /// `KeyRefused` when it does not open the repository; the store's.
+    pub fn key_in_use(&self, given: &[KeyMaterial]) -> Result<Option<KeyId>> {
+        Ok(unlock(&*self.inner.store, self.id(), given)?.1)
+    }
+
+    /// The master key as text, to be kept where no computer reaches it.
+    ///
+    /// # Errors
+    /// `Refused` when it is not encrypted; `KeyRefused` when `current` does not open it.
+    pub fn recovery_kit(&self, current: &[KeyMaterial]) -> Result<RecoveryKit> {
+        self.must_be_encrypted()?;
+        Ok(RecoveryKit::new(self.id(), &self.master(current)?))
+    }
+
+    /// The master key, which is not kept in memory.
+    fn master(&self, current: &[KeyMaterial]) -> Result<MasterKey> {
+        let (master, _) = unlock(&*self.inner.store, self.id(), current)?;
+        let keys = Keys::derive(self.id(), &master)?;
+        if self.inner.config.is_proven(&keys) {
+            return Ok(master);
+        }
+        let location = self.location().to_owned();
+        Err(Error::KeyRefused { location, why: "what was given opens another one".to_owned() })
+    }
+
+    fn must_be_encrypted(&self) -> Result<()> {
+        if self.is_encrypted() {
+            return Ok(());
+        }
+        Err(Error::Refused {
+            what: format!("{} is not encrypted and has no keys", self.location()),
+            advice: "make an encrypted repository with `icecore repo init --encrypt`",
+        })
+    }
+}
+
+impl KeyMaterial {
+    /// The kit, if it is one of this repository.
+    fn kit_of(&self, repository: &RepositoryId) -> Option<&RecoveryKit> {
+        self.kit().filter(|kit| kit.is_of(repository))
+    }
+}
