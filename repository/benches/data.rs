@@ -46,7 +46,8 @@ fn block(content: Content, number: u64) -> Vec<u8> {
     match content {
         Content::Zero => {}
         Content::Text => {
-            let line = |n: u64| format!("{:x} GET /index.html?n={} 200\n", n.rotate_left(29), n % 97);
+            let line =
+                |n: u64| format!("{:x} GET /index.html?n={} 200\n", n.rotate_left(29), n % 97);
             let text = (number * 10_000..).flat_map(|n| line(n).into_bytes());
             bytes.iter_mut().zip(text).for_each(|(byte, letter)| *byte = letter);
         }
@@ -156,9 +157,9 @@ fn read_the_map(bencher: Bencher<'_, '_>) {
     let lab = Lab::new();
     let point = lab.point(BLOCKS);
     let reader = lab.repository.disk_reader(&point, &disk("vda")).unwrap();
-    bencher
-        .counter(ItemsCount::new(BLOCKS))
-        .bench_local(|| reader.entries(BlockIndex(0)).map(|entry| entry.unwrap().index.0).sum::<u64>());
+    bencher.counter(ItemsCount::new(BLOCKS)).bench_local(|| {
+        reader.entries(BlockIndex(0)).map(|entry| entry.unwrap().index.0).sum::<u64>()
+    });
 }
 
 /// Fetch, decode and prove blocks: 16 MiB.

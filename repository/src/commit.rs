@@ -164,7 +164,7 @@ fn learn(inner: &Arc<Inner>, index: &DedupIndex, quarantined: &BTreeSet<PackId>)
     let mut packs = Vec::new();
     for point in points.iter().rev() {
         for run in point.disks.iter().filter_map(|disk| disk.runs.first()) {
-            let run = RunReader::open(&inner.store, &inner.config.id, run);
+            let run = RunReader::open(&inner.store, &inner.sealing, run);
             packs.extend(unless_damaged(run.and_then(|run| run.packs()))?.unwrap_or_default());
         }
     }

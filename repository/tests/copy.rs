@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use icecore_repository::store::{Access, MemoryStore, ObjectName, Store};
 use icecore_repository::{
-    BlockSize, ChainChoice, CheckOptions, Compared, Copied, DiskMode, Error,
-    InitOptions, OpenOptions, Point, Repository,
+    BlockSize, ChainChoice, CheckOptions, Compared, Copied, DiskMode, Error, InitOptions,
+    OpenOptions, Point, Repository,
 };
 use proptest::prelude::*;
 use support::*;
@@ -18,10 +18,7 @@ use support::*;
 /// A repository in memory, and its objects.
 fn repository(block_size: u64) -> (Repository, MemoryStore) {
     let store = MemoryStore::new();
-    let options = InitOptions {
-        block_size: BlockSize::new(block_size).unwrap(),
-        ..init_options()
-    };
+    let options = InitOptions { block_size: BlockSize::new(block_size).unwrap(), ..init_options() };
     let shared = Arc::new(store.clone());
     (Repository::init_on(shared, options, jiff::Timestamp::UNIX_EPOCH).unwrap(), store)
 }

@@ -6,8 +6,6 @@
 mod caches;
 #[path = "check_damage.rs"]
 mod check_damage;
-#[path = "copy.rs"]
-mod copy;
 #[path = "crash.rs"]
 mod crash;
 #[path = "gc_beside_writers.rs"]
