@@ -15,8 +15,7 @@ pub use super::policy_args::{
 };
 pub use super::repository_args::{
     COPY_EXAMPLES, CatalogCommand, ChainCommand, CheckArgs, CopyArgs, DiffArgs, GcArgs, KeyAddArgs,
-    KeyCommand, PointArgs,
-    PointCommand, RepoCommand, RepoInitArgs,
+    KeyCommand, PointArgs, PointCommand, RepoCommand, RepoInitArgs,
 };
 pub use super::restore_args::{
     ExportArgs, FormatArg, RESTORE_EXAMPLES, ROLLBACK_EXAMPLES, RestartArg, RestoreArgs,
