@@ -28,7 +28,7 @@ impl Off {
     /// Noise that depends on `seed` in one half of the disk, with the mark in each 4 KiB.
     fn fill(&self, seed: u64) -> Result<()> {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        let mut bytes: Vec<u8> = (0..MIB).map(|at| noise(at)).collect();
+        let mut bytes: Vec<u8> = (0..MIB).map(noise).collect();
         for byte in &mut bytes[MIB as usize / 2..] {
             state ^= state << 13;
             state ^= state >> 7;
@@ -71,6 +71,11 @@ impl Off {
     }
 }
 
+/// A command of two words on the repository.
+fn on_repository(icecore: &Icecore, command: &str, word: &str) -> Run {
+    icecore.command(command).args([word, "--json", "--repo"]).arg(icecore.repository())
+}
+
 fn noise(at: u64) -> u8 {
     (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u8
 }
@@ -106,13 +111,13 @@ fn a_store_holds_nothing_readable_and_is_whole() -> Result<()> {
 
     // A record shows no more of the point than the store does, and vouches for it all the same.
     let record = icecore.path("kept.record");
-    let export = icecore.on_repository("record").args(["export", "latest", "-o"]);
+    let export = on_repository(icecore, "record", "export").args(["latest", "-o"]);
     export.arg(&record).succeed()?;
     assert!(!std::fs::read_to_string(&record)?.contains(MARK));
-    let import = icecore.on_repository("record").arg("import").arg(&record).json()?;
+    let import = on_repository(icecore, "record", "import").arg(&record).json()?;
     assert_eq!((&import["state"], &import["restorable"]), (&"identical".into(), &true.into()));
 
-    icecore.on_repository("point").args(["delete", "latest~1"]).succeed()?;
+    on_repository(icecore, "point", "delete").arg("latest~1").succeed()?;
     icecore.on_repository("gc").succeed()?;
     icecore.check()?;
     off.restore(&icecore.path("after-gc.raw")).succeed()?;
@@ -157,7 +162,7 @@ fn only_the_right_key_opens_it() -> Result<()> {
     let init = icecore.command("repo").args(["init", "--encrypt"]).arg(&nowhere);
     let init = init.env_remove("ICECORE_KEY_FILE").expect(2)?;
     assert!(init.stderr.contains("--key-file") && !nowhere.exists(), "{}", init.stderr);
-    let points = icecore.on_repository("point").arg("list").json()?;
+    let points = on_repository(icecore, "point", "list").json()?;
     assert_eq!(points.as_array().map(Vec::len), Some(1));
     Ok(())
 }
