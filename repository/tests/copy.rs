@@ -10,15 +10,25 @@ use std::sync::Arc;
 use icecore_repository::store::{Access, MemoryStore, ObjectName, Store};
 use icecore_repository::{
     BlockSize, ChainChoice, CheckOptions, Compared, Copied, DiskMode, Error, InitOptions,
-    OpenOptions, Point, Repository,
+    KeyMaterial, OpenOptions, Point, Repository,
 };
 use proptest::prelude::*;
 use support::*;
 
 /// A repository in memory, and its objects.
 fn repository(block_size: u64) -> (Repository, MemoryStore) {
+    repository_with(block_size, init_options())
+}
+
+/// The same with a key.
+fn encrypted(block_size: u64) -> (Repository, MemoryStore) {
+    let keys = vec![KeyMaterial::from_key_file(vec![0x5a; 32].into()).unwrap()];
+    repository_with(block_size, InitOptions { keys, ..init_options() })
+}
+
+fn repository_with(block_size: u64, options: InitOptions) -> (Repository, MemoryStore) {
     let store = MemoryStore::new();
-    let options = InitOptions { block_size: BlockSize::new(block_size).unwrap(), ..init_options() };
+    let options = InitOptions { block_size: BlockSize::new(block_size).unwrap(), ..options };
     let shared = Arc::new(store.clone());
     (Repository::init_on(shared, options, jiff::Timestamp::UNIX_EPOCH).unwrap(), store)
 }
@@ -223,24 +233,28 @@ fn an_interrupted_copy_leaves_no_point_and_the_next_one_sends_little_again() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
-    /// Whatever the block sizes of the two, and however a disk changes and is resized between two
+    /// Whatever the block sizes and keys of the two, and however a disk changes and is resized between two
     /// points: each copy is byte for byte its origin, whichever of its ancestors are there.
     #[test]
-    fn copies_are_equal_whatever_the_block_sizes(
+    fn copies_are_equal_whatever_the_block_sizes_and_keys(
         from_size in 0u32..3, to_size in 0u32..3,
         changes in proptest::collection::vec(
             (proptest::collection::vec(0u64..300, 0..20), 1u64..1_300_000), 1..4),
         left_out in proptest::collection::vec(any::<bool>(), 4),
+        keys in any::<[bool; 2]>(),
     ) {
-        let (from, _) = repository(4096 << (2 * from_size));
-        let (to, _) = repository(4096 << (2 * to_size));
+        let make = |key, size: u32| {
+            if key { encrypted(4096 << (2 * size)) } else { repository(4096 << (2 * size)) }
+        };
+        let ((from, _), (to, _)) = (make(keys[0], from_size), make(keys[1], to_size));
+        let equal_ids = from_size == to_size && keys == [false; 2];
         let points = chain_of_points(&from, &changes);
         for (number, (point, model)) in points.iter().enumerate() {
             if left_out[number] {
                 continue;
             }
             let copied = copy(&from, point, &to).unwrap();
-            prop_assert_eq!(copied.compared == Compared::Roots, from_size == to_size);
+            prop_assert_eq!(copied.compared == Compared::Roots, equal_ids);
             prove_bytes(&to, &copied.point, "vda", model, from.block_size());
         }
         sound(&to);

@@ -127,6 +127,29 @@ fn another_block_size_and_compression_hold_the_same_bytes() -> Result<()> {
     Ok(())
 }
 
+/// Into an encrypted repository, on in plain, and nothing is compared by ids that differ by their key.
+#[test]
+fn a_chain_goes_into_an_encrypted_repository_and_out_again() -> Result<()> {
+    let (here, sealed, plain) = (Icecore::new()?, Icecore::encrypted()?, Icecore::new()?);
+    let (_vm, points) = chain(&here)?;
+    let with_key = |from: &Icecore, to: &Icecore| -> Result<Value> {
+        let run = sealed.command("copy").args(["--vm", "copied", "--json", "--repo"]);
+        run.arg(from.repository()).arg("--to").arg(to.repository()).json()
+    };
+    let into = with_key(&here, &sealed)?;
+    assert_eq!(statuses(&into)?, [4, 0, 0], "{into}");
+    let rows = |report: &Value| report["points"].as_array().cloned().unwrap_or_default();
+    assert!(rows(&into).iter().all(|point| point["compared"] == "blocks"), "{into}");
+    prove(&sealed, &into, &points)?;
+    assert_eq!(statuses(&with_key(&sealed, &here)?)?, [0, 4, 0], "originals are recognised");
+    let out = with_key(&sealed, &plain)?;
+    for (row, (_, reference)) in rows(&out).iter().zip(&points) {
+        prove_one(&plain, text(row, "copy")?, reference)?;
+    }
+    assert_eq!(statuses(&with_key(&here, &plain)?)?, [0, 4, 0], "a copy's copy is, too");
+    plain.check().map(drop)
+}
+
 /// The packs of a repository.
 fn packs(repository: &Path) -> Result<usize> {
     let mut count = 0;

@@ -1,5 +1,7 @@
 //! The acceptance on every kind of repository.
 
+use std::os::unix::fs::PermissionsExt as _;
+
 use icecore_tests::{Icecore, MIB, Result, Site, acceptance, compare, count, create_noise, text};
 
 #[test]
@@ -7,6 +9,19 @@ fn a_directory_is_accepted() -> Result<()> {
     let nowhere = Icecore::without_repository()?;
     let address = nowhere.repository().display().to_string();
     acceptance(&Site { address, ..Site::default() })
+}
+
+#[test]
+fn an_encrypted_directory_is_accepted() -> Result<()> {
+    let nowhere = Icecore::without_repository()?;
+    let key = nowhere.path("key");
+    create_noise(&key, 32, 11)?;
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600))?;
+    acceptance(&Site {
+        address: nowhere.repository().display().to_string(),
+        environment: vec![("ICECORE_KEY_FILE".into(), key.into())],
+        init: vec!["--encrypt".into()],
+    })
 }
 
 /// Two hosts and two VMs of one content, one after the other: the second one stores next to nothing.
