@@ -1,8 +1,10 @@
-//! Project commands: `cargo xtask demo`, `test`, `bench`, `ci`, `fuzz-smoke`, `setup`.
+//! Project commands: `cargo xtask demo`, `test`, `bench`, `deb`, `ci`, `fuzz-smoke`, `setup`.
 
 mod apt;
 mod bench;
 mod ci;
+mod deb;
+mod debian;
 mod demo;
 mod fuzz;
 mod qemus;
@@ -30,6 +32,7 @@ enum Task {
     Bench(bench::Options),
     #[command(hide = true)]
     BenchMap(bench::MapClient),
+    Deb(deb::Deb),
     /// Format, lints, licences, tests
     Ci,
     /// Run every fuzz target over its checked-in inputs
@@ -58,6 +61,7 @@ fn run(task: Task) -> Result<()> {
         Task::Test(suite) => suite.run(),
         Task::Bench(bench) => bench.run(),
         Task::BenchMap(client) => client.run(),
+        Task::Deb(deb) => deb.run(),
         Task::Ci => ci::run(),
         Task::FuzzSmoke => fuzz::smoke(),
         Task::Setup { long } => setup::run(long),

@@ -8,7 +8,7 @@ use crate::apt;
 use crate::step::{Failure, Result, captured, privileged, program, target};
 
 /// Written last: a folder without it is from a run that broke off.
-const COMPLETE: &str = "complete";
+pub const COMPLETE: &str = "complete";
 /// What is unpacked for Debian 12's own QEMU. Firmware comes with another version number.
 const PACKAGES_7_2: [&str; 4] =
     ["qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios"];
@@ -103,7 +103,7 @@ fn in_chroot(dir: &Path, command: &[&str]) -> Result<()> {
 }
 
 /// An empty folder to fill, or nothing when it is complete.
-fn begin(name: &str) -> Result<Option<PathBuf>> {
+pub fn begin(name: &str) -> Result<Option<PathBuf>> {
     let dir = target().join(name);
     if dir.join(COMPLETE).exists() {
         return Ok(None);

@@ -1,6 +1,7 @@
 //! Everything that tests and demo need beside cargo.
 
 use crate::apt::{self, Source};
+use crate::debian;
 use crate::qemus;
 use crate::step::{Result, captured, program, target, timed};
 
@@ -23,7 +24,7 @@ const TOOLS: [&str; 13] = [
 const QEMU: [&str; 4] = ["qemu-system-x86", "qemu-utils", "qemu-block-extra", "qemu-guest-agent"];
 /// For the tests of domains; they start a daemon of their own.
 const LIBVIRT: [&str; 2] = ["libvirt-daemon-system", "libvirt-clients"];
-/// Makes the chroot of the newest QEMU.
+/// Makes the chroots of the newest QEMU and of the package's test.
 const LONG: [&str; 1] = ["debootstrap"];
 
 /// Installs, builds and provisions; nothing that is there already is done again.
@@ -39,6 +40,7 @@ pub fn run(long: bool) -> Result<()> {
     timed("QEMU 7.2", qemus::provision_7_2)?;
     if long {
         timed("QEMU 11.1", qemus::provision_11_1)?;
+        timed("a small Debian", debian::provision)?;
     }
     Ok(())
 }
