@@ -50,6 +50,13 @@ impl Interrupt {
         self.flag.load(Ordering::Relaxed)
     }
 
+    /// Returns when it was asked to end.
+    pub async fn wait(&self) {
+        while !self.is_set() {
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
+    }
+
     /// Runs `work` in a thread of its own and leaves it behind when it is asked to end: only for
     /// what may be cut off anywhere, in a process that ends right afterwards.
     pub async fn race<T: Send + 'static>(

@@ -49,10 +49,15 @@ impl Rows {
 
     /// Prints the table, or `empty` when it has no rows.
     pub fn print(self, empty: &str) -> Outcome<()> {
+        print(&(self.lines(empty).join("\n") + "\n"))
+    }
+
+    /// Its lines, or `empty` when it has no rows.
+    pub fn lines(self, empty: &str) -> Vec<String> {
         if self.table.is_empty() {
-            return print(&format!("{empty}\n"));
+            return vec![empty.to_owned()];
         }
-        print(&format!("{}\n", self.table.trim_fmt()))
+        self.table.trim_fmt().lines().map(str::to_owned).collect()
     }
 }
 
@@ -79,4 +84,14 @@ fn coloured(text: String) -> Cell {
 /// A time for a person: UTC, to the second.
 pub fn when(time: Timestamp) -> String {
     time.strftime("%Y-%m-%d %H:%M:%SZ").to_string()
+}
+
+/// An age, or a time that is left, for a person: in its largest unit.
+pub fn age(seconds: u64) -> String {
+    match (seconds / 3600, seconds / 60) {
+        (hours, _) if hours >= 48 => format!("{} days", hours / 24),
+        (hours, _) if hours >= 2 => format!("{hours} hours"),
+        (_, minutes) if minutes >= 2 => format!("{minutes} minutes"),
+        _ => format!("{seconds} seconds"),
+    }
 }

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::context::Context;
+use crate::governor::{GuestNow, GuestView};
 use crate::names::human_bytes;
 use crate::state::{JobId, State, jobs};
 
@@ -40,6 +41,9 @@ pub struct Snapshot {
     pub bytes_per_second: u64,
     /// An upper bound: what need not be read is not known beforehand.
     pub eta_seconds: Option<u64>,
+    /// How the guest fares, where one runs and is looked after.
+    #[serde(default)]
+    pub guest: Option<GuestNow>,
     pub at: Timestamp,
 }
 
@@ -55,9 +59,15 @@ struct Posted {
     began: Option<Instant>,
     written: Option<Instant>,
     meters: Vec<Meter>,
+    guest: GuestView,
 }
 
 impl Board {
+    /// Tells of this guest, too, from now on.
+    pub fn watch(&self, guest: GuestView) {
+        self.lock().guest = guest;
+    }
+
     /// Writes the progress of `job` from now on.
     pub fn follow(&self, state: &State, job: &JobId) {
         self.lock().file = Some(jobs::side_file(state, job, "progress"));
@@ -106,6 +116,7 @@ impl Posted {
             total_bytes: total,
             bytes_per_second: rate,
             eta_seconds: left,
+            guest: self.guest.now(),
             at: Timestamp::now(),
         }
     }

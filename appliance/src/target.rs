@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use icecore_repository::VmName;
+use jiff::Timestamp;
 
 use crate::capture::image::{Named, parse_named};
 use crate::capture::qmp::known;
@@ -13,6 +14,7 @@ use crate::failure::{Failure, Outcome};
 use crate::guardian_process;
 use crate::libvirt::warden::WardenClient;
 use crate::libvirt::{Domain, Virsh};
+use crate::state::JobId;
 use crate::state::locks::{Lock, LockKey};
 
 /// How the VM is reached.
@@ -108,6 +110,18 @@ impl Vm {
             Reach::Images(images) => keys.extend(images.iter().map(|i| LockKey::file(&i.path))),
         }
         keys
+    }
+
+    /// Takes them and one more, for a command that is no job: no run is at work on the VM meanwhile.
+    pub fn lock(
+        &self,
+        context: &Context,
+        more: Option<LockKey>,
+        tried: &str,
+    ) -> Outcome<Vec<Lock>> {
+        let job = JobId::new(Timestamp::now())?;
+        let keys = self.lock_keys().into_iter().chain(more);
+        keys.map(|key| Lock::take(&context.state, &key, &job, tried)).collect()
     }
 }
 

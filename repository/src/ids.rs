@@ -198,6 +198,10 @@ base32_id!(
     /// One run of one writer, drawn at random when it announces itself.
     WriterId, RANDOM_ID_CHARS, "writer id"
 );
+base32_id!(
+    /// A daemon, drawn at random once for a host's state directory.
+    ServiceId, RANDOM_ID_CHARS, "service id"
+);
 
 fn base32(mut value: u128, chars: usize) -> String {
     let mut text = vec![b'0'; chars];
@@ -236,26 +240,18 @@ impl From<&PointId> for ChainId {
     }
 }
 
-impl RepositoryId {
-    /// An id from 128 random bits, of which 80 are used.
-    pub fn from_random(random: u128) -> Self {
-        Self(base32(random, RANDOM_ID_CHARS))
-    }
+macro_rules! random_id {
+    ($($name:ident)*) => {
+        $(impl $name {
+            /// An id from 128 random bits, of which 80 are used.
+            pub fn from_random(random: u128) -> Self {
+                Self(base32(random, RANDOM_ID_CHARS))
+            }
+        })*
+    };
 }
 
-impl KeyId {
-    /// An id from 128 random bits, of which 80 are used.
-    pub fn from_random(random: u128) -> Self {
-        Self(base32(random, RANDOM_ID_CHARS))
-    }
-}
-
-impl WriterId {
-    /// An id from 128 random bits, of which 80 are used.
-    pub fn from_random(random: u128) -> Self {
-        Self(base32(random, RANDOM_ID_CHARS))
-    }
-}
+random_id!(RepositoryId KeyId ServiceId WriterId);
 
 macro_rules! checked_name {
     ($(#[$doc:meta])* $name:ident, $kind:literal, $rule:literal, $check:expr) => {

@@ -57,7 +57,7 @@ pub use gc::{GcOptions, GcReport, Pace, RealPace};
 pub use geometry::{BlockIndex, BlockSize, GeometryError};
 pub use ids::{
     BlockId, ChainId, Checksum, ContentRoot, DiskId, IdError, KeyId, PackId, PointId, RepositoryId,
-    RunId, VmName, WriterId,
+    RunId, ServiceId, VmName, WriterId,
 };
 pub use point::{
     CapsulePart, Consistency, ConsistencyLevel, DiskMeta, DiskMode, DiskSummary, Encoded, Entry,
@@ -68,3 +68,4 @@ pub use reader::{Diff, DiskReader, Entries};
 pub use record::RecordState;
 pub use repository::{InitOptions, OpenOptions, Repository, RepositoryInfo};
 pub use sink::{DiskSink, DiskStart, DiskWriter, ParentCursor};
+pub use writers::{ServiceRecord, ServiceState};

@@ -1,5 +1,6 @@
 //! `icecore serve`, run from outside, and a plain HTTP client for its socket.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -86,6 +87,11 @@ impl Icecore {
 
     /// Starts a daemon with a configuration that is there.
     pub fn serve_again(&self, config: &Path) -> Result<Daemon> {
+        self.serve_in(config, &[])
+    }
+
+    /// The same, with variables in its environment.
+    pub fn serve_in(&self, config: &Path, variables: &[(&str, &OsStr)]) -> Result<Daemon> {
         let log = self.path("daemon.log");
         let mut command = Command::new(self.binary());
         command.arg("serve").arg("--config").arg(config);
@@ -94,6 +100,7 @@ impl Icecore {
             .arg(self.path("state"))
             .arg("--cache-dir")
             .arg(self.path("cache"));
+        command.envs(variables.iter().copied());
         let stderr = File::options().append(true).create(true).open(&log)?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
         let process = Background::spawn(&mut command)?;

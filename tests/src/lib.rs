@@ -11,6 +11,7 @@
 mod acceptance;
 mod agent;
 mod daemon;
+mod debian;
 mod disk;
 mod failure;
 mod guestless;
@@ -31,6 +32,7 @@ mod vm;
 pub use acceptance::acceptance;
 pub use agent::{AgentProxy, Answers, agent_answers};
 pub use daemon::{Answer, Daemon};
+pub use debian::Debian;
 pub use disk::{Attach, Bus, Disk, Fs, Layout};
 pub use failure::{Failure, Result};
 pub use icecore::{Icecore, Outcome, Run, Site, Started};

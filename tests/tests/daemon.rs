@@ -218,6 +218,12 @@ fn a_second_daemon_is_refused_and_a_wrong_configuration_changes_nothing() -> Res
     daemon.signal(Signal::HUP);
     wait_until("the new one", Duration::from_secs(10), || {
         Ok(daemon.post("/v1/vms/bare/backups", "{}")?.status == 404)
+    })?;
+    assert!(!daemon.log()?.contains("next start"), "{}", daemon.log()?);
+    std::fs::write(daemon.config(), right.replace("api.sock", "other.sock"))?;
+    daemon.signal(Signal::HUP);
+    wait_until("a word of what waits for a start", Duration::from_secs(10), || {
+        Ok(daemon.log()?.contains("next start"))
     })
 }
 

@@ -99,6 +99,7 @@ impl<C: Capture> Backup<'_, C> {
         };
         let guest = self.capture.guest().filter(|_| self.request.governor == Governed::Yes);
         let mut watch = Watch::new(guest, &self.pacing);
+        self.context.board.watch(watch.view());
         let read = self.capture_and_read(&chosen, &tasks, writer.as_ref(), &mut watch).await;
         watch.end();
         let (taken, disks) = match read {

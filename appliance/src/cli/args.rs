@@ -8,14 +8,14 @@ use super::VmArgs;
 pub use super::backup_args::{
     BACKUP_EXAMPLES, BackupArgs, ConsistencyArg, FallbackArg, LevelArg, PriorityArg, SwitchArg,
 };
-pub use super::host_args::{DoctorArgs, HookCommand, JobCommand, VmCommand, VmCreateArgs};
+pub use super::host_args::{DoctorArgs, HookCommand, JobCommand, TopArgs, VmCommand, VmCreateArgs};
 pub use super::policy_args::{
     PRUNE_EXAMPLES, PruneArgs, QuotaCommand, QuotaSetArgs, RecordCommand, RecordExportArgs,
     RecordImportArgs, ScheduleCommand,
 };
 pub use super::repository_args::{
     COPY_EXAMPLES, CatalogCommand, ChainCommand, CheckArgs, CopyArgs, DiffArgs, GcArgs, KeyAddArgs,
-    KeyCommand, PointArgs, PointCommand, RepoCommand, RepoInitArgs,
+    KeyCommand, PointArgs, PointCommand, RepoCommand, RepoInitArgs, ServiceCommand,
 };
 pub use super::restore_args::{
     ExportArgs, FormatArg, RESTORE_EXAMPLES, ROLLBACK_EXAMPLES, RestartArg, RestoreArgs,
@@ -160,6 +160,9 @@ pub enum Command {
         #[command(flatten)]
         repo: OptionalRepoArgs,
     },
+    /// Live view of this host's jobs and VMs; q leaves
+    #[command(after_help = "Example:\n  icecore top\n  icecore top --once")]
+    Top(TopArgs),
     /// What the configuration says, and what is wrong with it
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -169,6 +172,9 @@ pub enum Command {
     /// Runs on this host, finished and unfinished
     #[command(subcommand)]
     Job(JobCommand),
+    /// The daemons of the hosts that share a repository
+    #[command(subcommand)]
+    Service(ServiceCommand),
     /// The daemon: jobs, API, metrics
     #[command(after_help = "Example:\n  icecore serve --config /etc/icecore/icecore.toml")]
     Serve,

@@ -119,3 +119,14 @@ pub struct DoctorArgs {
     #[arg(long)]
     pub repair: bool,
 }
+
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// Print one view and leave; so does --json
+    #[arg(long)]
+    pub once: bool,
+    /// Seconds between two looks
+    #[arg(long, value_name = "SECONDS", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub interval: u64,
+}

@@ -12,6 +12,7 @@ mod vm_args;
 
 use std::io::IsTerminal as _;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser as _;
 
@@ -24,6 +25,9 @@ use crate::policy::notify::{self, Event};
 use crate::state::State;
 use crate::{commands, daemon, guardian_process, hook, job};
 use args::{Cli, Command, Global, HookCommand};
+
+/// What still waits for a disk or a program then is left behind: all that matters has been waited for.
+const SHUTDOWN_WAIT: Duration = Duration::from_secs(15);
 
 /// Reads the command line, runs the command and turns its outcome into an exit status.
 pub fn run() -> ExitCode {
@@ -75,6 +79,8 @@ fn run_command(cli: Cli) -> Outcome<u8> {
     if let Err(failure) = &outcome {
         job::end_assigned(&context, failure);
     }
+    // A daemon's last look at a repository that hangs would keep it from ending.
+    runtime.shutdown_timeout(SHUTDOWN_WAIT);
     outcome
 }
 
@@ -122,6 +128,8 @@ async fn dispatch(context: &Context, global: &Global, command: Command) -> Outco
         Command::Schedule(command) => commands::schedule::run(context, command).await,
         Command::Quota(command) => commands::quota::run(context, command),
         Command::Status { repo } => commands::status::run(context, repo.repo.as_deref()),
+        Command::Service(command) => commands::service::run(context, &command),
+        Command::Top(args) => commands::top::run(global, &args).await,
         Command::Serve => daemon::serve(global).await.map(|()| OK),
         // They were dealt with before there was a context.
         Command::Guardian | Command::Warden | Command::Config(_) => {

@@ -101,6 +101,21 @@ pub struct RepoInitArgs {
 }
 
 #[derive(Debug, Subcommand)]
+pub enum ServiceCommand {
+    /// The daemons that have a repository in their configuration, and which of them are up
+    #[command(
+        after_help = "A daemon leaves word every 5 minutes, with the time of its own clock. One \
+from which nothing came for 15 minutes of this host's clock is down; one that was told to end is \
+stopped.\n\nExample:\n  icecore service list /backup"
+    )]
+    List {
+        /// Repository
+        #[arg(env = "ICECORE_REPO")]
+        repo: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
 pub enum PointCommand {
     /// List points
     #[command(after_help = "Example:\n  icecore point list vm1 --repo /backup")]

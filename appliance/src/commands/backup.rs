@@ -96,8 +96,8 @@ fn tell_of_fallbacks(context: &Context, report: &BackupReport) {
 }
 
 async fn through_daemon(context: &Context, args: &BackupArgs) -> Outcome<u8> {
-    let tried = format!("back up through the daemon to {}", args.repo.repo);
-    let (vm, place) = client::vm(&args.vm, &tried)?;
+    let (vm, place) = client::vm(&args.vm, "back up a VM")?;
+    let tried = format!("back up {vm} to {}", args.repo.repo);
     let size = |bytes: u64| bytes.to_string();
     let body = BackupBody {
         repo: Some(client::repo(context, &args.repo.repo, &tried)?),

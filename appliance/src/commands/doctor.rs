@@ -6,7 +6,6 @@ use icecore_qmp::bitmap::{BitmapName, NamePart, Owner};
 use icecore_qmp::guardian::protocol::Inspection;
 use icecore_qmp::recover::Intents;
 use icecore_repository::{PointId, Repository};
-use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::capture::qmp::failure;
@@ -18,9 +17,8 @@ use crate::libvirt::checkpoint::CheckpointName;
 use crate::libvirt::{Domain, State, job, recover};
 use crate::output::{self, Rows};
 use crate::recovery;
-use crate::state::JobId;
 use crate::state::jobs;
-use crate::state::locks::{Lock, LockKey};
+use crate::state::locks::LockKey;
 use crate::target::{self, Reach, Vm};
 
 /// Something that should not be there.
@@ -102,11 +100,7 @@ async fn qemu(
     repair: bool,
 ) -> Outcome<Vec<Finding>> {
     let tried = format!("examine {}", vm.name);
-    let job = JobId::new(Timestamp::now())?;
-    let mut locks = Vec::new();
-    for key in vm.lock_keys() {
-        locks.push(Lock::take(&context.state, &key, &job, &tried)?);
-    }
+    let _locks = vm.lock(context, None, &tried)?;
     let guardian = target::guard(context, qmp, qga, &tried).await?;
     let seen = guardian.inspect().await.map_err(|e| failure(&tried, e))?;
     let mut findings = Vec::new();
@@ -144,6 +138,12 @@ async fn qemu(
     Ok(findings)
 }
 
+/// Whether the point that a bitmap or a checkpoint names does not exist any more.
+fn is_gone(repository: &Repository, point: &NamePart) -> bool {
+    let Ok(id) = point.as_str().parse::<PointId>() else { return true };
+    matches!(repository.point(&id), Err(icecore_repository::Error::NotFound { .. }))
+}
+
 /// Bitmaps of points of this repository that do not exist any more. Without the repository nobody
 /// can tell; those of other repositories are none of our business.
 fn orphans(
@@ -156,13 +156,7 @@ fn orphans(
     let mut orphans = Vec::new();
     for bitmap in seen.inventory.disks.iter().flat_map(|disk| &disk.bitmaps) {
         let Owner::ThisRepository(name) = Owner::of(&bitmap.name, &own) else { continue };
-        let gone = match name.point.as_str().parse::<PointId>() {
-            Ok(id) => {
-                matches!(repository.point(&id), Err(icecore_repository::Error::NotFound { .. }))
-            }
-            Err(_) => true,
-        };
-        if gone {
+        if is_gone(repository, &name.point) {
             orphans.push(name);
         }
     }
@@ -178,11 +172,7 @@ fn libvirt(
     repair: bool,
 ) -> Outcome<Vec<Finding>> {
     let tried = format!("examine {}", vm.name);
-    let job = JobId::new(Timestamp::now())?;
-    let mut locks = Vec::new();
-    for key in vm.lock_keys().into_iter().chain([LockKey::warden(&domain.uuid)]) {
-        locks.push(Lock::take(&context.state, &key, &job, &tried)?);
-    }
+    let _locks = vm.lock(context, Some(LockKey::warden(&domain.uuid)), &tried)?;
     let mut findings = Vec::new();
     // With the locks in our hands no run is at work: a job of ours is a leftover.
     if let Some(Some(socket)) = domain.backup_job().map_err(|e| e.failure(&tried))?
@@ -220,11 +210,7 @@ fn lost_checkpoints(
     let names = domain.checkpoint_names().map_err(|e| e.failure(tried))?.into_iter();
     let ours = names.filter_map(|text| Some((text.parse::<CheckpointName>().ok()?, text)));
     let of_it = ours.filter(|(name, _)| name.repository.as_str() == own);
-    let gone = of_it.filter(|(name, _)| match name.point.as_str().parse::<PointId>() {
-        Ok(id) => matches!(repository.point(&id), Err(icecore_repository::Error::NotFound { .. })),
-        Err(_) => true,
-    });
-    Ok(gone.collect())
+    Ok(of_it.filter(|(name, _)| is_gone(repository, &name.point)).collect())
 }
 
 /// Scratch directories of the default place whose run is over.

@@ -23,6 +23,8 @@ pub mod restore;
 pub mod rollback;
 pub mod schedule;
 pub mod schedule_run;
+pub mod service;
 pub mod status;
+pub mod top;
 pub mod vm;
 pub mod vm_create;

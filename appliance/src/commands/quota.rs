@@ -69,7 +69,8 @@ pub fn rows(context: &Context, repo: Option<&str>, only: Option<&str>) -> Outcom
     Ok(rows)
 }
 
-fn rows_of(
+/// The quotas and their use in a repository that is open, which `name` is the name of.
+pub fn rows_of(
     config: &Config,
     repository: &Repository,
     name: &str,

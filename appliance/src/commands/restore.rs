@@ -70,7 +70,7 @@ pub async fn run(context: &Context, args: RestoreArgs) -> Outcome<u8> {
 }
 
 async fn through_daemon(context: &Context, args: &RestoreArgs) -> Outcome<u8> {
-    let tried = format!("restore {} to {} through the daemon", args.point, args.to);
+    let tried = format!("restore {} to {}", args.point, args.to);
     let to = match args.to.contains("://") {
         true => args.to.clone(),
         false => client::absolute(Path::new(&args.to), &tried)?,

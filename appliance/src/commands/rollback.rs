@@ -123,8 +123,8 @@ async fn restart(command: &[String], tried: &str) -> Outcome<()> {
 }
 
 async fn through_daemon(context: &Context, args: &RollbackArgs) -> Outcome<u8> {
-    let tried = format!("roll back to {} through the daemon", args.to);
-    let (vm, place) = client::vm(&args.vm, &tried)?;
+    let (vm, place) = client::vm(&args.vm, "roll a VM back")?;
+    let tried = format!("roll {vm} back to {}", args.to);
     let body = RollbackBody {
         repo: Some(client::repo(context, &args.repo.repo, &tried)?),
         to: args.to.clone(),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use icecore_repository::Point;
 use icecore_repository::store::Address;
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use serde::Serialize;
 
 use super::quota::{self, QuotaRow};
@@ -13,7 +13,7 @@ use crate::cli::OK;
 use crate::context::Context;
 use crate::failure::Outcome;
 use crate::names::human_bytes;
-use crate::output::{self, Rows, when};
+use crate::output::{self, Rows, age, when};
 use crate::points::is_alive;
 use crate::state::jobs::{self, JobKind, JobRecord, JobStatus};
 
@@ -174,7 +174,8 @@ fn print(report: &StatusReport) -> Outcome<()> {
             vm.vm.clone(),
             vm.points.to_string(),
             vm.last_point_at.map_or_else(|| "none".into(), when),
-            vm.last_point_age_seconds.map_or_else(|| "-".into(), age),
+            vm.last_point_age_seconds
+                .map_or_else(|| "-".into(), |seconds| age(u64::try_from(seconds).unwrap_or(0))),
             if vm.scheduled { "yes" } else { "no" }.into(),
             vm.last_failure.clone().unwrap_or_else(|| "-".into()),
         ]);
@@ -210,15 +211,4 @@ fn print(report: &StatusReport) -> Outcome<()> {
         output::print(&format!("running: {kind} of {vm}, job {}\n", job.job))?;
     }
     Ok(())
-}
-
-/// An age for a person, in its largest unit.
-fn age(seconds: i64) -> String {
-    let age = SignedDuration::from_secs(seconds.max(0));
-    match (age.as_hours(), age.as_mins()) {
-        (hours, _) if hours >= 48 => format!("{} days", hours / 24),
-        (hours, _) if hours >= 2 => format!("{hours} hours"),
-        (_, minutes) if minutes >= 2 => format!("{minutes} minutes"),
-        _ => format!("{} seconds", age.as_secs()),
-    }
 }

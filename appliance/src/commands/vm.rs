@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use icecore_qmp::bitmap::{BitmapName, Granularity};
 use icecore_repository::{Point, Repository, VmName};
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::schedule::known_vms;
@@ -22,8 +22,6 @@ use crate::libvirt::{Domain, PoweredOff, State, emulator};
 use crate::names::human_bytes;
 use crate::output::{self, Rows, when};
 use crate::recovery;
-use crate::state::JobId;
-use crate::state::locks::Lock;
 use crate::target::{self, Reach, Vm};
 
 /// Runs `icecore vm …`.
@@ -37,7 +35,7 @@ pub async fn run(context: &Context, command: VmCommand) -> Outcome<u8> {
 }
 
 /// A VM and what is known of its points.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub struct VmRow {
     pub vm: String,
     pub configured: bool,
@@ -349,11 +347,7 @@ fn print(context: &Context, detail: &VmDetail) -> Outcome<()> {
 async fn release(context: &Context, args: &VmArgs) -> Outcome<u8> {
     let vm = Vm::from_args(context, args, "release a VM")?;
     let tried = format!("release {}", vm.name);
-    let job = JobId::new(Timestamp::now())?;
-    let mut locks = Vec::new();
-    for key in vm.lock_keys() {
-        locks.push(Lock::take(&context.state, &key, &job, &tried)?);
-    }
+    let _locks = vm.lock(context, None, &tried)?;
     recovery::recover_all(context, vm.qmp()).await;
     let removed = match &vm.reach {
         Reach::Qmp { qmp, qga } => {

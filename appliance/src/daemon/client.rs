@@ -14,9 +14,11 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::net::UnixStream;
 
+use super::Health;
 use super::request::{InPlace, LibvirtDomain};
 use crate::cli::{OK, VmArgs};
 use crate::commands::job::Teller;
+use crate::commands::vm::VmRow;
 use crate::context::Context;
 use crate::failure::{Failure, Outcome, Status};
 use crate::interrupt::Interrupt;
@@ -89,6 +91,21 @@ impl<'a> Client<'a> {
     /// All jobs of the daemon's host, newest first.
     pub async fn jobs(&self) -> Outcome<Vec<JobView>> {
         self.get("/v1/jobs").await
+    }
+
+    /// Jobs that a query names, newest first.
+    pub async fn jobs_where(&self, query: &str) -> Outcome<Vec<JobView>> {
+        self.get(&format!("/v1/jobs?{query}")).await
+    }
+
+    /// Whether the daemon is there, and how much it has to do.
+    pub async fn health(&self) -> Outcome<Health> {
+        self.get("/healthz").await
+    }
+
+    /// The VMs and their points.
+    pub async fn vms(&self) -> Outcome<Vec<VmRow>> {
+        self.get("/v1/vms").await
     }
 
     /// One job.

@@ -8,6 +8,7 @@ pub mod access;
 mod api;
 pub mod client;
 mod metrics;
+mod presence;
 mod queue;
 pub mod request;
 mod retry;
@@ -24,15 +25,19 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::args::Global;
+use crate::config::ApiConfig;
 use crate::failure::{Failure, Outcome};
 use crate::state::State;
 use crate::state::locks::Lock;
+pub use api::Health;
 use metrics::Seen;
 use settings::Settings;
 use supervisor::Supervisor;
 
 /// How often repositories are looked at for the metrics.
 const LOOK_INTERVAL: Duration = Duration::from_secs(60);
+/// At least so long between two looks, however many jobs end: each lists every repository.
+const LOOK_PAUSE: Duration = Duration::from_secs(5);
 
 /// Runs the daemon until it is told to end.
 pub async fn serve(global: &Global) -> Outcome<()> {
@@ -50,12 +55,14 @@ pub async fn serve(global: &Global) -> Outcome<()> {
     tokio::spawn(Arc::clone(&supervisor).run());
     tokio::spawn(schedule::run(Arc::clone(&supervisor)));
     tokio::spawn(look_at_repositories(Arc::clone(&supervisor)));
+    tokio::spawn(presence::run(Arc::clone(&supervisor)));
     tell(&[NotifyState::Ready]);
     signals.obey(&supervisor).await;
     tell(&[NotifyState::Stopping]);
     supervisor.stop();
     // The socket goes at once, so that clients see that nobody listens.
     let _ = std::fs::remove_file(&supervisor.settings().context.config.api.socket);
+    presence::leave(&supervisor).await;
     Ok(())
 }
 
@@ -93,7 +100,11 @@ async fn look_at_repositories(supervisor: Arc<Supervisor>) {
         if let Ok(seen) = look.await {
             supervisor.metrics.seen(seen);
         }
-        tokio::time::sleep(LOOK_INTERVAL).await;
+        tokio::time::sleep(LOOK_PAUSE).await;
+        tokio::select! {
+            () = supervisor.metrics.stale.notified() => {}
+            () = tokio::time::sleep(LOOK_INTERVAL) => {}
+        }
     }
 }
 
@@ -138,14 +149,31 @@ fn reload(supervisor: &Supervisor) {
     let since = NotifyState::monotonic_usec_now();
     let states = [Some(NotifyState::Reloading), since.ok()];
     tell(&states.into_iter().flatten().collect::<Vec<_>>());
+    let before = supervisor.settings();
     match supervisor.reload() {
-        Ok(()) => tracing::info!("the configuration was read again"),
+        Ok(()) => {
+            tracing::info!("the configuration was read again");
+            let after = supervisor.settings();
+            if listens_otherwise(&before.context.config.api, &after.context.config.api) {
+                tracing::warn!("socket, group, listen and tls of [api] wait for the next start");
+            }
+        }
         Err(failure) => {
             supervisor.metrics.reload_failed();
             tracing::error!("the configuration stays as it was: {failure}");
         }
     }
     tell(&[NotifyState::Ready]);
+}
+
+/// Whether sockets would have to be opened anew, which cuts off who is connected.
+fn listens_otherwise(before: &ApiConfig, after: &ApiConfig) -> bool {
+    let places = |api: &ApiConfig| {
+        let tls = api.tls.as_ref().map(|tls| (tls.certificate.clone(), tls.key.clone()));
+        let listen = api.listen.as_ref().map(|listen| listen.to_string());
+        (api.socket.clone(), api.group.clone(), listen, tls)
+    };
+    places(before) != places(after)
 }
 
 /// Tells systemd, where it has asked to be told.

@@ -81,6 +81,8 @@ pub struct Figures {
     pub baseline_latency_ms: Option<f64>,
     /// The worst mean that was judged while data were read.
     pub worst_latency_ms: f64,
+    /// The last one.
+    pub latest_latency_ms: Option<f64>,
     /// How long the backup was held back.
     pub slowed: Duration,
     /// The least rate that was set.
@@ -279,6 +281,7 @@ impl Governor {
 
     fn judge(&mut self, now: Duration, slowdown: f64, mean_ms: f64) -> Option<Order> {
         self.figures.worst_latency_ms = self.figures.worst_latency_ms.max(mean_ms);
+        self.figures.latest_latency_ms = Some(mean_ms);
         self.enter(Stage::Steer, now);
         if slowdown <= SLOWDOWN_MAX {
             self.harm = None;

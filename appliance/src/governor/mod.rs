@@ -15,6 +15,7 @@ use icecore_io_engine::{Pace, Pacing};
 use icecore_qmp::guardian::GuardianClient;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
+use utoipa::ToSchema;
 
 use self::core::{Governor, Order};
 use self::window::Window;
@@ -74,6 +75,35 @@ pub struct GovernorReport {
     pub least_rate_bytes: Option<u64>,
 }
 
+/// How a guest fares beside its backup at this moment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct GuestNow {
+    /// Mean latency of the guest's requests before the instant; none of an idle guest.
+    pub baseline_latency_ms: Option<f64>,
+    /// The last mean while data are read; none of an idle guest.
+    pub latency_ms: Option<f64>,
+    /// The rate that is set for the guest's sake, in bytes per second; none without any limit.
+    pub rate_limit_bytes: Option<u64>,
+}
+
+/// A look at the guest for whoever shows progress.
+#[derive(Debug, Clone, Default)]
+pub struct GuestView(Arc<Mutex<Shared>>);
+
+impl GuestView {
+    /// How the guest fares; none while no data are read.
+    pub fn now(&self) -> Option<GuestNow> {
+        let shared = locked(&self.0);
+        let governor = shared.governor.as_ref()?;
+        let figures = governor.figures();
+        Some(GuestNow {
+            baseline_latency_ms: figures.baseline_latency_ms,
+            latency_ms: figures.latest_latency_ms,
+            rate_limit_bytes: governor.pace().bytes_per_second,
+        })
+    }
+}
+
 /// The governor of one run. Without a guest to be seen it does nothing.
 #[derive(Debug)]
 pub struct Watch {
@@ -100,6 +130,11 @@ impl Watch {
             shared: Arc::default(),
             task: None,
         }
+    }
+
+    /// For whoever shows how the guest fares.
+    pub fn view(&self) -> GuestView {
+        GuestView(Arc::clone(&self.shared))
     }
 
     /// To be called right before the instant is taken: so far the guest was alone.

@@ -15,6 +15,11 @@ use super::Format;
 use super::info::{in_use, protocol, tells_of_lock, utf8};
 use crate::failure::{Failure, Outcome};
 
+/// What setpriv says of a program that is not there.
+const ABSENT: &str = "failed to execute";
+/// Debian 12 has qemu-storage-daemon in the second one, later releases in the first.
+const PACKAGES: &str = "install the packages qemu-utils, qemu-system-common and util-linux";
+
 /// The daemon opens its socket in tens of milliseconds; a host under load gets this long.
 const START_WAIT_MAX: Duration = Duration::from_secs(20);
 /// Flushing on the way out takes as long as the storage does; then it is killed.
@@ -78,6 +83,7 @@ impl StorageDaemon {
                 let said = self.last_words();
                 return Err(match tells_of_lock(&said) {
                     true => in_use(image, tried, &said),
+                    false if said.contains(ABSENT) => Failure::failed(tried, said).next(PACKAGES),
                     false => Failure::failed(tried, said),
                 });
             }
@@ -178,6 +184,6 @@ fn spawn(
         .spawn()
         .map_err(|e| {
             Failure::failed(tried, format!("qemu-storage-daemon does not start: {e}"))
-                .next("install the packages qemu-utils and util-linux")
+                .next(PACKAGES)
         })
 }

@@ -94,6 +94,7 @@ impl Collector<'_> {
         self.store.remove_leftovers(&leftovers)?;
         self.forget_revoked()?;
         self.forget_damaged(&[reachable, reached_since])?;
+        self.coordination.forget_services()?;
         self.coordination.refill_reserve()?;
         let counted = report(&first, &condemned);
         let (writers_revoked, leftovers_removed) = (revoked, leftovers.len() as u64);

@@ -19,6 +19,7 @@ mod life;
 mod quarantine;
 mod reserve;
 mod revoke;
+mod services;
 mod standing;
 mod watch;
 
@@ -31,6 +32,7 @@ use serde::de::DeserializeOwned;
 pub use announce::{Announcement, Generation, HEARTBEAT_PERIOD, WriterRecord};
 pub(crate) use fate::Wish;
 pub use life::Life;
+pub use services::{ServiceRecord, ServiceState};
 pub use standing::{PointStanding, Standing};
 pub use watch::Watch;
 
@@ -49,6 +51,7 @@ const REVOKED: &str = "coordination/revoked/";
 const FATES: &str = "coordination/fates/";
 const QUARANTINE: &str = "coordination/damaged/";
 const RESERVE: &str = "coordination/reserve/";
+const SERVICES: &str = "coordination/services/";
 
 /// A record here is a few ids; more is damage.
 const RECORD_BYTES_MAX: u64 = 1 << 20;
@@ -105,6 +108,8 @@ impl Coordination {
             self.get::<PackId>(name, quarantine::KIND).map(drop)
         } else if is_in(RESERVE) {
             self.verify_reserve(name)
+        } else if is_in(SERVICES) {
+            self.get::<ServiceRecord>(name, services::KIND).map(drop)
         } else if is_in(BEATS) || is_in(GENERATIONS) {
             Ok(())
         } else {

@@ -450,7 +450,12 @@ pub fn failure(tried: &str, error: GuardianError) -> Failure {
     // A VM that is being restarted answers a little later.
     let passes = error.kind == ErrorKind::Unreachable;
     let failure = Failure { status, ..Failure::failed(tried, error) };
-    if passes { failure.transient() } else { failure }
+    if !passes {
+        return failure;
+    }
+    let advice = "start the VM, or look whether this is its QMP socket; one that is off is named by \
+                  its images";
+    failure.transient().next(advice)
 }
 
 /// The bitmap's name in an NBD metadata context.

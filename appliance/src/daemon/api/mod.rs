@@ -21,6 +21,7 @@ use super::access::Caller;
 use super::supervisor::Supervisor;
 use crate::failure::Failure;
 use reply::Refusal;
+pub use routes::Health;
 
 /// The largest request is a VM with a thousand disks.
 const BODY_BYTES_MAX: usize = 256 << 10;

@@ -93,8 +93,9 @@ async fn static_check(app: &Arc<Supervisor>, wanted: &Wanted, tried: &str) -> Ou
 async fn queue(
     app: &Arc<Supervisor>,
     caller: &Caller,
-    wanted: Wanted,
+    wanted: Outcome<Wanted>,
 ) -> Result<Response, Refusal> {
+    let wanted = wanted?;
     let tried = format!("start a {}", wanted.kind.word());
     static_check(app, &wanted, &tried).await?;
     accepted(app, caller, wanted)
@@ -112,8 +113,7 @@ pub async fn back_up(
     Path(vm): Path<String>,
     Body(body): Body<BackupBody>,
 ) -> Result<Response, Refusal> {
-    let wanted = body.wanted(&app.settings().context, &caller, &vm)?;
-    queue(&app, &caller, wanted).await
+    queue(&app, &caller, body.wanted(&app.settings().context, &caller, &vm)).await
 }
 
 /// Restores a point.
@@ -128,8 +128,7 @@ pub async fn restore(
     Path(point): Path<String>,
     Body(body): Body<RestoreBody>,
 ) -> Result<Response, Refusal> {
-    let wanted = body.wanted(&app.settings().context, &caller, &point)?;
-    queue(&app, &caller, wanted).await
+    queue(&app, &caller, body.wanted(&app.settings().context, &caller, &point)).await
 }
 
 /// Rolls a VM back to a point.
@@ -144,8 +143,7 @@ pub async fn roll_back(
     Path(vm): Path<String>,
     Body(body): Body<RollbackBody>,
 ) -> Result<Response, Refusal> {
-    let wanted = body.wanted(&app.settings().context, &caller, &vm)?;
-    queue(&app, &caller, wanted).await
+    queue(&app, &caller, body.wanted(&app.settings().context, &caller, &vm)).await
 }
 
 /// Verifies a repository or one point.
@@ -158,8 +156,7 @@ pub async fn check(
     Extension(caller): Who,
     Body(body): Body<CheckBody>,
 ) -> Result<Response, Refusal> {
-    let wanted = body.wanted(&app.settings().context, &caller)?;
-    queue(&app, &caller, wanted).await
+    queue(&app, &caller, body.wanted(&app.settings().context, &caller)).await
 }
 
 /// Deletes what no point needs any more.
@@ -172,8 +169,7 @@ pub async fn gc(
     Extension(caller): Who,
     Body(body): Body<GcBody>,
 ) -> Result<Response, Refusal> {
-    let wanted = body.wanted(&app.settings().context, &caller)?;
-    queue(&app, &caller, wanted).await
+    queue(&app, &caller, body.wanted(&app.settings().context, &caller)).await
 }
 
 /// Which jobs.

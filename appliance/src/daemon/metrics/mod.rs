@@ -1,21 +1,25 @@
 //! Figures for Prometheus: what has ended since the daemon began, and what the repositories hold.
 
-use std::collections::BTreeMap;
-use std::fmt::Write as _;
+mod seen;
+mod text;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use jiff::Timestamp;
 use serde_json::Value;
+use tokio::sync::Notify;
 
+pub use self::seen::Seen;
+use self::text::Text;
 use super::supervisor::Load;
-use crate::commands::vm::{self, VmRow};
-use crate::context::Context;
 use crate::state::{JobKind, JobRecord, JobState};
 
 /// All figures.
 #[derive(Debug, Default)]
 pub struct Metrics {
     inner: Mutex<Inner>,
+    /// Told when a job has ended: what was seen of the repositories may be old.
+    pub stale: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -24,7 +28,6 @@ struct Inner {
     seconds: BTreeMap<&'static str, (f64, u64)>,
     vms: BTreeMap<String, OfVm>,
     fallbacks: BTreeMap<(String, String), u64>,
-    checked: BTreeMap<String, Timestamp>,
     seen: Option<Seen>,
     reloads_failed: u64,
     missed: BTreeMap<String, u64>,
@@ -38,37 +41,60 @@ struct OfVm {
     freeze_ms: f64,
     pause_ms: f64,
     frozen: bool,
+    guest: Guest,
 }
 
-/// What configured repositories hold, as of a moment.
-#[derive(Debug)]
-pub struct Seen {
-    at: Timestamp,
-    vms: Vec<VmRow>,
-    repositories: Vec<Repository>,
+/// What the governor saw of a guest.
+#[derive(Debug, Default)]
+struct Guest {
+    /// None of a guest that was idle, or that nobody looked after.
+    before_ms: Option<f64>,
+    worst_ms: Option<f64>,
+    slowed_seconds: f64,
 }
 
-#[derive(Debug)]
-struct Repository {
-    name: String,
-    facts: Option<(u64, u64)>,
-}
+/// Counters begin at 0: `increase()` does not see one that appears with a failure already in it.
+const KINDS: [JobKind; 6] = [
+    JobKind::Backup,
+    JobKind::Restore,
+    JobKind::Rollback,
+    JobKind::Check,
+    JobKind::Gc,
+    JobKind::Copy,
+];
+const ENDS: [JobState; 4] =
+    [JobState::Succeeded, JobState::Failed, JobState::Cancelled, JobState::Interrupted];
 
-impl Seen {
-    /// Asks every configured repository; blocks for as long as they take.
-    pub fn look(context: &Context) -> Self {
-        let repositories = context.config.repository.keys().map(|name| {
-            let info = context.open_read_only(name).ok().and_then(|opened| opened.info().ok());
-            let facts = info.map(|info| (info.stored_bytes, info.points));
-            Repository { name: name.clone(), facts }
-        });
-        let repositories: Vec<_> = repositories.collect();
-        let within = |repository: &&Repository| repository.facts.is_some();
-        let names = repositories.iter().filter(within).map(|r| r.name.as_str()).collect();
-        let vms = vm::rows(context, Some(names)).unwrap_or_default();
-        Self { at: Timestamp::now(), vms, repositories }
-    }
-}
+type Figure = (&'static str, &'static str, &'static str, fn(&OfVm) -> Option<f64>);
+
+/// What is told of each VM from the reports of its backups.
+const FIGURES: [Figure; 8] = [
+    ("icecore_read_bytes_total", "counter", "Read from guests.", |v| Some(v.read_bytes as f64)),
+    ("icecore_stored_bytes_total", "counter", "Stored of it.", |v| Some(v.stored_bytes as f64)),
+    ("icecore_freeze_milliseconds", "gauge", "The last freeze.", |v| Some(v.freeze_ms)),
+    ("icecore_pause_milliseconds", "gauge", "The last pause.", |v| Some(v.pause_ms)),
+    ("icecore_filesystem_consistent", "gauge", "Whether the last point is.", |v| {
+        Some(f64::from(u8::from(v.frozen)))
+    }),
+    (
+        "icecore_guest_latency_before_milliseconds",
+        "gauge",
+        "Mean latency of the guest's requests before the last backup; none of an idle guest.",
+        |v| v.guest.before_ms,
+    ),
+    (
+        "icecore_guest_latency_worst_milliseconds",
+        "gauge",
+        "The worst mean while the last backup read; what is above the one before was added by it.",
+        |v| v.guest.worst_ms,
+    ),
+    (
+        "icecore_backup_slowed_seconds_total",
+        "counter",
+        "How long backups were held back for the guest's sake.",
+        |v| Some(v.guest.slowed_seconds),
+    ),
+];
 
 impl Metrics {
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -86,16 +112,13 @@ impl Metrics {
             let sum = inner.seconds.entry(kind).or_default();
             *sum = (sum.0 + seconds, sum.1 + 1);
         }
-        match (record.kind, state, &record.result, &record.vm) {
-            (JobKind::Backup, JobState::Succeeded, Some(result), Some(vm)) => {
-                inner.backed_up(vm, result);
-            }
-            (JobKind::Check, JobState::Succeeded, ..) => {
-                let at = record.ended_at.unwrap_or(record.started_at);
-                inner.checked.insert(record.repository.clone(), at);
-            }
-            _ => {}
+        if let (JobKind::Backup, JobState::Succeeded, Some(result), Some(vm)) =
+            (record.kind, state, &record.result, &record.vm)
+        {
+            inner.backed_up(vm, result);
         }
+        drop(inner);
+        self.stale.notify_one();
     }
 
     /// Takes over what the repositories hold.
@@ -124,8 +147,10 @@ impl Metrics {
         text.line("icecore_jobs", &[("state", "running")], load.running as f64);
         inner.of_jobs(&mut text);
         inner.of_vms(&mut text);
-        inner.of_repositories(&mut text);
-        text.0
+        if let Some(seen) = &inner.seen {
+            seen.write(&mut text);
+        }
+        text.finish()
     }
 }
 
@@ -141,6 +166,10 @@ impl Inner {
         of_vm.freeze_ms = figure(consistency, "freeze_ms");
         of_vm.pause_ms = figure(consistency, "pause_ms");
         of_vm.frozen = consistency["level"] == "filesystem";
+        let governor = &result["governor"];
+        of_vm.guest.before_ms = governor["baseline_latency_ms"].as_f64();
+        of_vm.guest.worst_ms = governor["worst_latency_ms"].as_f64();
+        of_vm.guest.slowed_seconds += figure(governor, "slowed_seconds");
         for reason in disks.iter().filter_map(|disk| disk["reason"].as_str()) {
             *self.fallbacks.entry((vm.to_owned(), reason.to_owned())).or_default() += 1;
         }
@@ -149,8 +178,10 @@ impl Inner {
     fn of_jobs(&self, text: &mut Text) {
         let name = "icecore_jobs_ended_total";
         text.family(name, "counter", "Jobs that ended since the daemon began.");
-        for ((kind, state), count) in &self.ended {
-            text.line(name, &[("kind", kind), ("state", state)], *count as f64);
+        for (kind, state) in KINDS.iter().flat_map(|kind| ENDS.map(|state| (kind, state))) {
+            let pair = (kind.word(), state.word());
+            let count = self.ended.get(&pair).copied().unwrap_or(0);
+            text.line(name, &[("kind", pair.0), ("state", pair.1)], count as f64);
         }
         text.family("icecore_job_seconds", "summary", "How long jobs took.");
         for (kind, (seconds, count)) in &self.seconds {
@@ -162,8 +193,11 @@ impl Inner {
         text.line(name, &[], self.reloads_failed as f64);
         let name = "icecore_runs_missed_total";
         text.family(name, "counter", "Runs of schedules that were not begun at their time.");
-        for (schedule, count) in &self.missed {
-            text.line(name, &[("schedule", schedule)], *count as f64);
+        let known = self.seen.iter().flat_map(|seen| &seen.schedules);
+        let schedules: BTreeSet<&String> = known.chain(self.missed.keys()).collect();
+        for schedule in schedules {
+            let count = self.missed.get(schedule).copied().unwrap_or(0);
+            text.line(name, &[("schedule", schedule)], count as f64);
         }
         let name = "icecore_fallbacks_total";
         text.family(name, "counter", "Disks that were read whole, and why.");
@@ -173,89 +207,21 @@ impl Inner {
     }
 
     fn of_vms(&self, text: &mut Text) {
-        type Figure = (&'static str, &'static str, &'static str, fn(&OfVm) -> f64);
-        let figures: [Figure; 5] = [
-            ("icecore_read_bytes_total", "counter", "Read from guests.", |v| v.read_bytes as f64),
-            ("icecore_stored_bytes_total", "counter", "Stored of it.", |v| v.stored_bytes as f64),
-            ("icecore_freeze_milliseconds", "gauge", "The last freeze.", |v| v.freeze_ms),
-            ("icecore_pause_milliseconds", "gauge", "The last pause.", |v| v.pause_ms),
-            ("icecore_filesystem_consistent", "gauge", "Whether the last point is.", |v| {
-                f64::from(u8::from(v.frozen))
-            }),
-        ];
-        for (name, kind, help, figure) in figures {
+        for (name, kind, help, figure) in FIGURES {
             text.family(name, kind, help);
             for (vm, of_vm) in &self.vms {
-                text.line(name, &[("vm", vm)], figure(of_vm));
+                if let Some(figure) = figure(of_vm) {
+                    text.line(name, &[("vm", vm)], figure);
+                }
             }
         }
-        let Some(seen) = &self.seen else { return };
-        let name = "icecore_vm_last_point_timestamp_seconds";
-        text.family(name, "gauge", "When the VM's newest point was taken.");
-        for row in &seen.vms {
-            if let Some(at) = row.last_point_at {
-                text.line(name, &[("vm", &row.vm)], at.as_second() as f64);
-            }
-        }
-        let name = "icecore_vm_unprotected";
-        text.family(name, "gauge", "1 for a configured VM that has no point.");
-        for row in seen.vms.iter().filter(|row| row.configured) {
-            text.line(name, &[("vm", &row.vm)], f64::from(u8::from(!row.protected)));
-        }
     }
-
-    fn of_repositories(&self, text: &mut Text) {
-        let name = "icecore_last_check_timestamp_seconds";
-        text.family(name, "gauge", "When a check last found nothing wrong.");
-        for (repository, at) in &self.checked {
-            text.line(name, &[("path", repository)], at.as_second() as f64);
-        }
-        let Some(seen) = &self.seen else { return };
-        let name = "icecore_repositories_seen_timestamp_seconds";
-        text.family(name, "gauge", "When the repositories were last looked at.");
-        text.line(name, &[], seen.at.as_second() as f64);
-        text.family("icecore_repository_up", "gauge", "Whether the repository answers.");
-        for repository in &seen.repositories {
-            let up = f64::from(u8::from(repository.facts.is_some()));
-            text.line("icecore_repository_up", &[("repository", &repository.name)], up);
-        }
-        text.family("icecore_repository_stored_bytes", "gauge", "What its packs and maps take.");
-        text.family("icecore_repository_points", "gauge", "Its points.");
-        for repository in &seen.repositories {
-            let Some((stored, points)) = repository.facts else { continue };
-            let labels = [("repository", repository.name.as_str())];
-            text.line("icecore_repository_stored_bytes", &labels, stored as f64);
-            text.line("icecore_repository_points", &labels, points as f64);
-        }
-    }
-}
-
-#[derive(Default)]
-struct Text(String);
-
-impl Text {
-    fn family(&mut self, name: &str, kind: &str, help: &str) {
-        // Writing to a string does not fail.
-        let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
-    }
-
-    fn line(&mut self, name: &str, labels: &[(&str, &str)], value: f64) {
-        let labels: Vec<String> =
-            labels.iter().map(|(label, value)| format!("{label}=\"{}\"", escaped(value))).collect();
-        let _ = match labels.is_empty() {
-            true => writeln!(self.0, "{name} {value}"),
-            false => writeln!(self.0, "{name}{{{}}} {value}", labels.join(",")),
-        };
-    }
-}
-
-/// Names of VMs may hold anything.
-fn escaped(value: &str) -> String {
-    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
 #[cfg(test)]
 mod tests {
+    use jiff::Timestamp;
+
     use super::*;
     use crate::state::JobId;
 
@@ -269,6 +235,7 @@ mod tests {
         record.ended_at = Some("1970-01-01T00:00:03Z".parse().unwrap());
         record.result = Some(serde_json::json!({
             "consistency": { "level": "filesystem", "freeze_ms": 12.5, "pause_ms": 3.0 },
+            "governor": { "baseline_latency_ms": 1.5, "worst_latency_ms": 2.0, "slowed_seconds": 4.0 },
             "disks": [
                 { "read_bytes": 10, "stored_bytes": 4, "reason": "BitmapMissing" },
                 { "read_bytes": 5, "stored_bytes": 1, "reason": null },
@@ -282,6 +249,8 @@ mod tests {
             "icecore_job_seconds_sum{kind=\"backup\"} 3",
             "icecore_read_bytes_total{vm=\"a\\\"b\"} 15",
             "icecore_freeze_milliseconds{vm=\"a\\\"b\"} 12.5",
+            "icecore_guest_latency_before_milliseconds{vm=\"a\\\"b\"} 1.5",
+            "icecore_backup_slowed_seconds_total{vm=\"a\\\"b\"} 4",
             "icecore_fallbacks_total{vm=\"a\\\"b\",reason=\"BitmapMissing\"} 1",
         ] {
             assert!(text.lines().any(|have| have == line), "{line}\n{text}");
