@@ -93,6 +93,9 @@ pub async fn run(context: &Context, args: CopyArgs) -> Outcome<u8> {
             Failure::usage(tried, "both are one repository").next("name another one after --to")
         );
     }
+    if from.is_encrypted() && !to.is_encrypted() {
+        tracing::warn!("{} is not encrypted: whoever reads it reads the copies", args.to);
+    }
     let wanted = wanted(&from, &args, &tried)?;
     let keys = [LockKey::copy_into(to.id().as_str())];
     let named = context.repository_name(&args.to)?;
