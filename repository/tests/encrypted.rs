@@ -1,6 +1,7 @@
 //! The tests of repositories once more, on encrypted ones: see `keys`.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // a test that panics has failed
+#![allow(clippy::duplicate_mod, reason = "each of these files brings what it shares with others")]
 
 #[path = "caches.rs"]
 mod caches;

@@ -46,6 +46,14 @@ pub struct Site {
     pub init: Vec<String>,
 }
 
+/// A new key file that only its owner may read.
+fn make_key(path: &Path) -> Result<()> {
+    let mut key = [0; 32];
+    File::open("/dev/urandom")?.read_exact(&mut key)?;
+    let mut private = OpenOptions::new();
+    Ok(private.write(true).create_new(true).mode(0o600).open(path)?.write_all(&key)?)
+}
+
 impl Icecore {
     /// With a fresh state folder and a fresh repository with the defaults.
     pub fn new() -> Result<Self> {
@@ -95,10 +103,7 @@ impl Icecore {
     pub fn encrypted() -> Result<Self> {
         let mut icecore = Self::without_repository()?;
         let path = icecore.path("key");
-        let mut key = [0; 32];
-        File::open("/dev/urandom")?.read_exact(&mut key)?;
-        let mut private = OpenOptions::new();
-        private.write(true).create_new(true).mode(0o600).open(&path)?.write_all(&key)?;
+        make_key(&path)?;
         icecore.environment.push((KEY_FILE.to_owned(), path.into()));
         icecore.init(&["--encrypt"])
     }
