@@ -93,7 +93,7 @@ impl Context {
         let url = self.config.repository.get(repo).map_or(repo, |r| r.url.as_str());
         url.parse().map_err(|e| {
             Failure::usage(format!("open the repository {url:?}"), e)
-                .next("name a directory (NFS mounts are directories, too)")
+                .next("name a directory (NFS mounts are directories, too) or s3://BUCKET/PREFIX")
         })
     }
 

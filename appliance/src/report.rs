@@ -1,5 +1,6 @@
 //! The JSON that commands print; the names are a contract.
 
+use icecore_repository::store::Traffic;
 use icecore_repository::{Consistency, Damage, DiskMode, Point, PointDisk, PointId};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -26,6 +27,9 @@ pub struct BackupReport {
     pub dry_run: bool,
     /// What was done for the guest's sake; none where no guest ran or its care was declined.
     pub governor: Option<GovernorReport>,
+    /// Requests to the repository's server; none where there is no server.
+    #[serde(default)]
+    pub store: Option<Traffic>,
 }
 
 /// A disk that is not in a point.

@@ -20,7 +20,7 @@ use crate::point::Point;
 use crate::reader::DiskReader;
 use crate::resolve;
 use crate::sealing::Sealing;
-use crate::store::{Access, Address, Store};
+use crate::store::{Access, Address, Store, Traffic};
 use crate::writers::Coordination;
 
 /// Parameters that are fixed when a repository is made.
@@ -235,6 +235,13 @@ impl Repository {
     #[must_use]
     pub fn location(&self) -> &str {
         self.inner.store.location()
+    }
+
+    /// Requests and bytes between this process and the repository's server so far; none where there
+    /// is no server.
+    #[must_use]
+    pub fn traffic(&self) -> Option<Traffic> {
+        self.inner.store.traffic()
     }
 
     /// The size of its blocks.

@@ -7,9 +7,10 @@ use std::path::Path;
 use std::sync::{Arc, Barrier};
 
 use icecore_repository::store::{
-    Access, CrashMode, DirectoryStore, MemoryStore, ObjectName, SimFileSystem, Store,
-    StoreErrorKind,
+    Access, CrashMode, DirectoryStore, MemoryStore, ObjectName, S3Address, S3Settings, S3Store,
+    SimFileSystem, Store, StoreErrorKind,
 };
+use icecore_tests::{ObjectServer, ObjectStore};
 
 fn name(text: &str) -> ObjectName {
     ObjectName::new(text).unwrap()
@@ -59,10 +60,13 @@ fn a_name_is_created_once(store: &dyn Store) {
     assert_eq!(store.read(&object, 9).unwrap(), b"first");
 }
 
+/// More than any store keeps back before it begins an object in its place.
+const LARGE: usize = 9 << 20;
+
 fn an_abandoned_object_leaves_nothing(store: &dyn Store) {
     let before = store.list("").unwrap();
     let mut writer = store.create(&name("packs/never")).unwrap();
-    writer.write(&[7; 10_000]).unwrap();
+    writer.write(&vec![7; LARGE]).unwrap();
     assert_eq!(store.leftovers().unwrap().len(), 1);
     drop(writer);
     assert_eq!(store.list("").unwrap(), before);
@@ -71,10 +75,41 @@ fn an_abandoned_object_leaves_nothing(store: &dyn Store) {
 
 fn a_leftover_that_is_removed_fails_its_writer(store: &dyn Store) {
     let mut writer = store.create(&name("packs/fenced")).unwrap();
-    writer.write(b"x").unwrap();
+    writer.write(&vec![7; LARGE]).unwrap();
     store.remove_leftovers(&store.leftovers().unwrap()).unwrap();
     assert!(writer.finish().is_err());
     assert!(!store.exists(&name("packs/fenced")).unwrap());
+}
+
+fn a_large_object_is_whole_and_created_once(store: &dyn Store) {
+    let object = name("packs/large");
+    let content: Vec<u8> = (0..3 * LARGE).map(|at| (at / 4099) as u8).collect();
+    let mut writer = store.create(&object).unwrap();
+    let mut late = store.create(&object).unwrap();
+    for piece in content.chunks(1_000_003) {
+        writer.write(piece).unwrap();
+    }
+    late.write(&content[1..]).unwrap();
+    assert_eq!(writer.finish().unwrap(), content.len() as u64);
+    assert!(late.finish().unwrap_err().already_exists());
+    assert!(store.leftovers().unwrap().is_empty());
+    assert!(store.read(&object, content.len() as u64).unwrap() == content);
+    let mut middle = vec![0; 2 * LARGE];
+    store.read_exact(&object, 12_345, &mut middle).unwrap();
+    assert!(middle == content[12_345..][..middle.len()]);
+}
+
+fn a_listing_of_many_is_complete(store: &dyn Store) {
+    // More than an object store tells in one answer.
+    let all: Vec<ObjectName> = (0..1234).map(|n| name(&format!("many/{n:05}"))).collect();
+    std::thread::scope(|scope| {
+        for part in all.chunks(160) {
+            scope.spawn(move || part.iter().for_each(|object| store.put(object, b"x").unwrap()));
+        }
+    });
+    assert_eq!(store.names("many/").unwrap(), all);
+    store.delete(&all[1..]).unwrap();
+    assert_eq!(store.names("many/").unwrap(), all[..1]);
 }
 
 fn listings_are_sorted_and_cut_by_prefix(store: &dyn Store) {
@@ -127,12 +162,14 @@ fn of_many_who_create_one_name_one_wins(store: &dyn Store) {
 
 /// A store, and the same place opened for reading only.
 fn conforms(fresh: &mut dyn FnMut() -> (Box<dyn Store>, Box<dyn Store>)) {
-    let suite: [fn(&dyn Store); 9] = [
+    let suite: [fn(&dyn Store); 11] = [
         an_object_is_read_back_in_ranges,
         reads_beyond_the_end_and_of_large_objects_are_damage,
         a_name_is_created_once,
         an_abandoned_object_leaves_nothing,
         a_leftover_that_is_removed_fails_its_writer,
+        a_large_object_is_whole_and_created_once,
+        a_listing_of_many_is_complete,
         listings_are_sorted_and_cut_by_prefix,
         deleting_is_idempotent,
         an_empty_object_is_an_object,
@@ -172,6 +209,41 @@ fn the_simulated_store_conforms() {
         let store = |access| Box::new(DirectoryStore::on(fs.clone(), "sim", access));
         (store(Access::ReadWrite), store(Access::ReadOnly))
     });
+}
+
+/// A bucket of a real server.
+fn conforms_at(server: ObjectServer) {
+    let Some(server) = ObjectStore::start(server).unwrap() else { return };
+    let variables = server.environment();
+    let variable = |name: &str| {
+        let found = variables.iter().find(|(known, _)| known == name);
+        found.map(|(_, value)| value.to_string_lossy().into_owned())
+    };
+    let mut number = 0;
+    conforms(&mut || {
+        number += 1;
+        let address = S3Address::parse(&format!("conformance/run/{number}")).unwrap();
+        let settings = S3Settings::from(&variable).unwrap();
+        let writable = S3Store::create(&address, settings.clone()).unwrap();
+        let read_only = S3Store::open(&address, settings, Access::ReadOnly).unwrap();
+        (Box::new(writable), Box::new(read_only))
+    });
+}
+
+/// It overwrites whatever it is asked: names are locked.
+#[test]
+fn the_store_at_rclone_conforms() {
+    conforms_at(ObjectServer::Rclone);
+}
+
+#[test]
+fn the_store_at_moto_conforms() {
+    conforms_at(ObjectServer::Moto);
+}
+
+#[test]
+fn the_store_at_ceph_conforms() {
+    conforms_at(ObjectServer::Ceph);
 }
 
 #[test]

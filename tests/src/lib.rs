@@ -10,16 +10,19 @@
 
 mod acceptance;
 mod agent;
+mod ceph;
 mod daemon;
 mod debian;
 mod disk;
 mod failure;
+mod fault_proxy;
 mod guestless;
 mod icecore;
 mod image;
 mod libvirt;
 mod monitor;
 mod mount;
+mod object_store;
 mod place;
 mod process;
 mod proof;
@@ -35,6 +38,7 @@ pub use daemon::{Answer, Daemon};
 pub use debian::Debian;
 pub use disk::{Attach, Bus, Disk, Fs, Layout};
 pub use failure::{Failure, Result};
+pub use fault_proxy::{FaultProxy, Mischief, Rule};
 pub use icecore::{Icecore, Outcome, Run, Site, Started};
 pub use image::{
     compare, create_noise, create_overlay, create_qcow2, create_raw, filesystem_check,
@@ -43,6 +47,7 @@ pub use image::{
 pub use libvirt::{Domain, Libvirt};
 pub use monitor::Monitor;
 pub use mount::{Mounted, check_writer, check_writer_in_images};
+pub use object_store::{ObjectServer, ObjectStore, SECRET_KEY};
 pub use place::{Scratch, guest_files, workspace_root};
 pub use process::{Background, run, run_within, wait_until};
 pub use proof::{count, of_disk, require_mode, require_rehash, text};

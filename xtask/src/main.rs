@@ -7,6 +7,7 @@ mod deb;
 mod debian;
 mod demo;
 mod fuzz;
+mod object_stores;
 mod qemus;
 mod setup;
 mod step;

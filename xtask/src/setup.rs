@@ -2,6 +2,7 @@
 
 use crate::apt::{self, Source};
 use crate::debian;
+use crate::object_stores;
 use crate::qemus;
 use crate::step::{Result, captured, program, target, timed};
 
@@ -35,6 +36,10 @@ pub fn run(long: bool) -> Result<()> {
         // After QEMU, which it would otherwise bring in another version.
         install_tools(&LIBVIRT)?;
         if long { install_tools(&LONG) } else { Ok(()) }
+    })?;
+    timed("object stores", || {
+        object_stores::provision();
+        Ok(())
     })?;
     timed("test guest", build_guest)?;
     timed("QEMU 7.2", qemus::provision_7_2)?;

@@ -113,11 +113,11 @@ impl<C: Capture> Backup<'_, C> {
         let Some(writer) = writer else {
             self.capture.settle(Fate::NotCommitted).await?;
             let report = report::dry(self.job, &meta, disks, unprotected, started.elapsed());
-            return Ok(BackupReport { governor, ..report });
+            return Ok(BackupReport { governor, store: self.repository.traffic(), ..report });
         };
         let point = self.commit(writer, meta).await?;
         let report = report::committed(self.job, &point, disks, unprotected, started.elapsed());
-        Ok(BackupReport { governor, ..report })
+        Ok(BackupReport { governor, store: self.repository.traffic(), ..report })
     }
 
     /// How each disk is read, and what that asks of the capture.

@@ -31,6 +31,7 @@ pub fn committed(
         unprotected,
         dry_run: false,
         governor: None,
+        store: None,
     }
 }
 
@@ -58,6 +59,7 @@ pub fn dry(
         unprotected,
         dry_run: true,
         governor: None,
+        store: None,
     }
 }
 

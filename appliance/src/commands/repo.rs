@@ -45,7 +45,7 @@ fn init(context: &Context, args: &RepoInitArgs) -> Outcome<u8> {
     };
     // What init has found to be good enough, for people to see.
     let found = address.probe().map_err(|e| Failure::failed("look at the new repository", e))?;
-    describe(context, &repository, &args.repo, Some(&found))?;
+    describe(context, &repository, &args.repo, found.as_ref())?;
     if args.encrypt {
         key::hand_out_kit(context, &repository, &keys, kit, &tried)?;
     }

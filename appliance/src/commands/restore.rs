@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use icecore_io_engine::Verify;
+use icecore_repository::store::Traffic;
 use icecore_repository::{DiskId, Point, PointDisk};
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +31,9 @@ struct RestoreReport {
     vm: String,
     job: String,
     disks: Vec<RestoredDisk>,
+    /// Requests to the repository's server; none where there is no server.
+    #[serde(default)]
+    store: Option<Traffic>,
 }
 
 /// Runs `icecore restore`.
@@ -64,7 +68,8 @@ pub async fn run(context: &Context, args: RestoreArgs) -> Outcome<u8> {
     };
     let outcome = all(&mut restore, &disks, &targets, &tried).await;
     let (id, vm, point) = (job.id().to_string(), point.vm.to_string(), point.id.to_string());
-    let outcome = outcome.map(|disks| RestoreReport { point, vm, job: id, disks });
+    let store = repository.traffic();
+    let outcome = outcome.map(|disks| RestoreReport { point, vm, job: id, disks, store });
     print(context, job.end(context, outcome)?)?;
     Ok(OK)
 }

@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use super::ahead::ReadAhead;
 use super::probe::probe_directory;
-use super::{Access, DirectoryStore, Found, Store, StoreError, Unfit};
+use super::{Access, DirectoryStore, Found, S3Address, S3Store, Store, StoreError, Unfit, s3};
 
 /// The address of a store: the path of a directory, or an URL.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,6 +16,8 @@ use super::{Access, DirectoryStore, Found, Store, StoreError, Unfit};
 pub enum Address {
     /// A directory of this host; NFS and other mounts are directories, too.
     Directory(PathBuf),
+    /// A place in a bucket of an object store. Server and keys are told by the environment.
+    S3(S3Address),
 }
 
 /// A text that is no address.
@@ -26,6 +29,9 @@ pub enum BadAddress {
     /// An URL of a kind that Icecore does not know.
     #[error("{0}:// is no kind of repository that this program knows")]
     Scheme(String),
+    /// An URL of a known kind with something wrong behind it.
+    #[error("{0}")]
+    Place(String),
 }
 
 impl FromStr for Address {
@@ -35,6 +41,7 @@ impl FromStr for Address {
         match text.split_once("://") {
             _ if text.is_empty() => Err(BadAddress::Empty),
             None => Ok(Self::Directory(PathBuf::from(text))),
+            Some(("s3", place)) => S3Address::parse(place).map(Self::S3).map_err(BadAddress::Place),
             Some((scheme, _)) => Err(BadAddress::Scheme(scheme.to_owned())),
         }
     }
@@ -44,6 +51,7 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Directory(path) => path.display().fmt(f),
+            Self::S3(place) => place.fmt(f),
         }
     }
 }
@@ -56,6 +64,7 @@ impl Address {
     pub fn absolute(self) -> io::Result<Self> {
         Ok(match self {
             Self::Directory(path) => Self::Directory(std::path::absolute(path)?),
+            Self::S3(_) => self,
         })
     }
 
@@ -66,6 +75,10 @@ impl Address {
     pub fn open(&self, access: Access) -> Result<Arc<dyn Store>, StoreError> {
         Ok(match self {
             Self::Directory(path) => Arc::new(DirectoryStore::open(path, access)?),
+            Self::S3(place) => {
+                let settings = s3::from_environment(&place.to_string())?;
+                Arc::new(ReadAhead::new(Arc::new(S3Store::open(place, settings, access)?)))
+            }
         })
     }
 
@@ -73,9 +86,11 @@ impl Address {
     ///
     /// # Errors
     /// [`Unfit`] when a repository there could lose what it reported as stored.
-    pub fn probe(&self) -> Result<Found, Unfit> {
+    pub fn probe(&self) -> Result<Option<Found>, Unfit> {
         match self {
-            Self::Directory(path) => probe_directory(path),
+            Self::Directory(path) => probe_directory(path).map(Some),
+            // What it knows of conditions is tried when the first object is created.
+            Self::S3(_) => Ok(None),
         }
     }
 
@@ -86,6 +101,10 @@ impl Address {
     pub fn create(&self) -> Result<Arc<dyn Store>, StoreError> {
         Ok(match self {
             Self::Directory(path) => Arc::new(DirectoryStore::create(path)?),
+            Self::S3(place) => {
+                let settings = s3::from_environment(&place.to_string())?;
+                Arc::new(S3Store::create(place, settings)?)
+            }
         })
     }
 }
@@ -97,6 +116,8 @@ mod tests {
     #[test]
     fn an_address_reads_as_it_was_written() {
         assert_eq!("/a/b".parse::<Address>().unwrap().to_string(), "/a/b");
+        assert_eq!("s3://bkt/a/b/".parse::<Address>().unwrap().to_string(), "s3://bkt/a/b");
+        assert!(matches!("s3://bkt/../b".parse::<Address>(), Err(BadAddress::Place(_))));
         assert_eq!("".parse::<Address>(), Err(BadAddress::Empty));
         assert_eq!("gopher://x".parse::<Address>(), Err(BadAddress::Scheme("gopher".into())));
     }

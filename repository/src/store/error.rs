@@ -20,7 +20,13 @@ pub enum StoreErrorKind {
     Permission,
     /// The object is there but is not what it must be (it ends early, or is absurdly large).
     Corrupt,
-    /// Anything else that the device or the network answered.
+    /// A server refused who asked, or what is needed to ask it is missing.
+    Credentials,
+    /// A server cannot be reached.
+    Unreachable,
+    /// A server failed, or a connection to it did.
+    Server,
+    /// Anything else that the device answered.
     Io,
 }
 
@@ -37,6 +43,11 @@ impl StoreErrorKind {
             Self::ReadOnly => "use a writable repository for this operation",
             Self::Permission => "run as the user who owns the repository, or correct its modes",
             Self::Corrupt => "run `icecore check --read-data` and keep the object for analysis",
+            Self::Credentials => {
+                "check the keys, what they may do at this place, and this host's clock"
+            }
+            Self::Unreachable => "check the server's address, its state and the network between",
+            Self::Server => "try again later; if it stays, look at the server's log",
             Self::Io => "look at the kernel log and the state of the disk or mount",
         }
     }

@@ -1,8 +1,8 @@
 //! Where objects lie: named, immutable byte strings that are created once, read in ranges, listed and
 //! deleted.
 //!
-//! A store does not know what an object means, keeps no index, retries nothing and never replaces
-//! bytes under a name. Every implementation passes the one suite in `tests/store_conformance.rs`.
+//! A store does not know what an object means, keeps no index and never replaces bytes under a name.
+//! What a network may have lost is tried again inside the store, see [`retry`]. Every implementation passes the one suite in `tests/store_conformance.rs`.
 //!
 //! The promises that the rest of the crate is built on:
 //! 1. An object becomes visible only complete and durable, and only if its name was free
@@ -13,22 +13,30 @@
 //!    nothing about what the first one lost.
 
 mod address;
+mod ahead;
 mod directory;
 mod error;
 mod fs;
+mod http;
 mod memory;
 mod probe;
+pub mod retry;
+mod s3;
 mod sim;
+mod traffic;
 
 use std::fmt;
 
 pub use address::{Address, BadAddress};
+pub use ahead::ReadAhead;
 pub use directory::{Access, DirectoryStore};
 pub use error::{StoreError, StoreErrorKind};
 pub use fs::{DirEntry, FileSystem, FsFile, OsFileSystem};
 pub use memory::MemoryStore;
 pub use probe::{CreateOnly, Found, Unfit};
+pub use s3::{S3Address, S3Settings, S3Store};
 pub use sim::{CallFault, CrashMode, SimFileSystem, Torn};
+pub use traffic::Traffic;
 
 /// Longest name of an object in bytes; fits every file system and object store we know of.
 pub const OBJECT_NAME_BYTES_MAX: usize = 200;
@@ -192,7 +200,8 @@ pub trait Store: Send + Sync + fmt::Debug {
         Ok(self.list(prefix)?.into_iter().map(|entry| entry.name).collect())
     }
 
-    /// Deletes objects, durably when it returns. A name that is already gone is no error.
+    /// Deletes objects, durably when it returns. A name that is already gone is no error. A few of
+    /// them go in their order.
     ///
     /// # Errors
     /// The device's first error; some of the objects may be gone then.
@@ -217,4 +226,9 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// # Errors
     /// The device's error.
     fn remove_leftovers(&self, leftovers: &[String]) -> Result<(), StoreError>;
+
+    /// What was sent and received so far; none where nothing is counted, as on a local disk.
+    fn traffic(&self) -> Option<Traffic> {
+        None
+    }
 }

@@ -1,0 +1,675 @@
+//! The store in a bucket of an object store that speaks S3.
+//!
+//! An object is created by one conditional request (`If-None-Match: *`) where the server knows that,
+//! which is found by trying, and under a lock object where it does not (see [`lock`]). What is
+//! answered is durable and is listed from then on: every server that this is for says so.
+//!
+//! Keys are the prefix and the object's name. Beside the objects, `.icecore/` under the prefix holds
+//! locks and the object of the trial; no object name begins with a dot.
+
+mod address;
+mod answer;
+mod client;
+mod credentials;
+mod lock;
+mod settings;
+mod sign;
+mod upload;
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use md5::{Digest, Md5};
+
+pub use address::S3Address;
+pub use settings::S3Settings;
+
+use self::answer::Upload;
+use self::client::{Client, Failed, Request, Trouble};
+use self::lock::{Contest, Turn};
+use self::upload::{S3Writer, Turns};
+use super::http::{Answer, Silence};
+use super::traffic::Charge;
+use super::{
+    Access, ObjectEntry, ObjectName, ObjectWriter, Store, StoreError, StoreErrorKind, Traffic,
+};
+
+/// Listings have at most 1,000 entries of some hundred bytes.
+const ANSWER_BYTES_MAX: u64 = 16 << 20;
+/// So many names are deleted by one request at most.
+const BATCH_MAX: usize = 1000;
+/// So few names are deleted one by one, in their order.
+const SINGLY_MAX: usize = 4;
+/// Up to this size an object's tag is compared with what was sent: coordination and manifests.
+const TAG_BYTES_MAX: usize = 256 << 10;
+/// Where what is no object lies.
+const OWN: &str = ".icecore/";
+
+/// Objects in a bucket.
+#[derive(Debug)]
+pub struct S3Store {
+    shared: Arc<Shared>,
+}
+
+/// How a name is created only once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Creation {
+    /// The server refuses to overwrite when it is asked to.
+    Conditional,
+    /// It overwrites.
+    Locked,
+}
+
+#[derive(Debug)]
+struct Shared {
+    client: Client,
+    location: String,
+    /// What all keys begin with.
+    root: String,
+    access: Access,
+    /// None before it was tried.
+    creation: Mutex<Option<Creation>>,
+    turns: Arc<Turns>,
+}
+
+impl S3Store {
+    /// A place in a bucket; asks nothing of the server yet.
+    ///
+    /// # Errors
+    /// When credentials or certificates cannot be read.
+    pub fn open(
+        address: &S3Address,
+        settings: S3Settings,
+        access: Access,
+    ) -> Result<Self, StoreError> {
+        let location = address.to_string();
+        let client = Client::new(address, settings).map_err(|why| setup_error(&location, why))?;
+        let (root, creation, turns) = (address.root(), Mutex::default(), Arc::default());
+        Ok(Self { shared: Arc::new(Shared { client, location, root, access, creation, turns }) })
+    }
+
+    /// As [`open`](Self::open) for writing; makes the bucket if it is missing.
+    ///
+    /// # Errors
+    /// What the server says.
+    pub fn create(address: &S3Address, settings: S3Settings) -> Result<Self, StoreError> {
+        let store = Self::open(address, settings, Access::ReadWrite)?;
+        let shared = &store.shared;
+        match shared.page(&shared.root, None) {
+            Err(failed) if failed.has_code("NoSuchBucket") => shared.make_bucket()?,
+            Err(failed) => return Err(shared.failed("open", "the bucket", &failed)),
+            Ok(_) => {}
+        }
+        Ok(store)
+    }
+}
+
+/// The store of an address, with the settings of this process's environment.
+pub(super) fn from_environment(location: &str) -> Result<S3Settings, StoreError> {
+    S3Settings::from_environment().map_err(|why| setup_error(location, why))
+}
+
+fn setup_error(location: &str, why: String) -> StoreError {
+    StoreError::new(StoreErrorKind::Credentials, "open", "the bucket", location, why)
+}
+
+impl Shared {
+    fn key(&self, name: &str) -> String {
+        format!("{}{name}", self.root)
+    }
+
+    fn failed(&self, action: &'static str, object: &str, failed: &Failed) -> StoreError {
+        failed.error(action, object, &self.location)
+    }
+
+    fn error(
+        &self,
+        kind: StoreErrorKind,
+        action: &'static str,
+        object: &str,
+        why: &str,
+    ) -> StoreError {
+        StoreError::new(kind, action, object, &self.location, why)
+    }
+
+    fn must_be_writable(&self, action: &'static str, object: &str) -> Result<(), StoreError> {
+        if self.access == Access::ReadWrite {
+            return Ok(());
+        }
+        let why = "the repository is open for reading only";
+        Err(self.error(StoreErrorKind::ReadOnly, action, object, why))
+    }
+
+    fn make_bucket(&self) -> Result<(), StoreError> {
+        let settings = self.client.settings();
+        // AWS wants to hear a region other than its first one here; other servers refuse theirs.
+        let place = if settings.is_aws && settings.region != "us-east-1" {
+            format!(
+                "<CreateBucketConfiguration><LocationConstraint>{}</LocationConstraint>\
+                 </CreateBucketConfiguration>",
+                settings.region
+            )
+        } else {
+            String::new()
+        };
+        let body = Some(place.as_bytes());
+        let request = Request { method: "PUT", body, ..Request::default() };
+        match self.client.call(Charge::Write, &request, |_| Ok(())) {
+            Err(failed) if failed.has_code("BucketAlreadyOwnedByYou") => Ok(()),
+            other => other.map_err(|failed| self.failed("create", "the bucket", &failed)),
+        }
+    }
+
+    /// How this server lets a name be created once. Asked of it once, by trying.
+    fn creation(&self) -> Result<Creation, StoreError> {
+        let mut known = self.creation.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(creation) = *known {
+            return Ok(creation);
+        }
+        let creation = self.try_creation().map_err(|f| self.failed("create", "a trial", &f))?;
+        if creation == Creation::Locked {
+            tracing::info!(
+                store = %self.location,
+                "this server overwrites objects even if it is asked not to: names are locked instead"
+            );
+        }
+        Ok(*known.insert(creation))
+    }
+
+    /// A server that knows conditions refuses the second of two; the trial object stays, so that it
+    /// is one request mostly.
+    fn try_creation(&self) -> Result<Creation, Failed> {
+        let key = self.key(&format!("{OWN}conditional-put"));
+        for _ in 0..2 {
+            match self.put_key(&key, b"", true) {
+                Ok(_) => {}
+                Err(failed) if failed.has_status(412) => return Ok(Creation::Conditional),
+                Err(failed) if failed.has_status(501) || failed.has_code("NotImplemented") => {
+                    return Ok(Creation::Locked);
+                }
+                Err(failed) => return Err(failed),
+            }
+        }
+        Ok(Creation::Locked)
+    }
+
+    /// Puts a whole object; returns its tag, if the server gave one.
+    fn put_key(
+        &self,
+        key: &str,
+        bytes: &[u8],
+        only_if_new: bool,
+    ) -> Result<Option<String>, Failed> {
+        let headers =
+            if only_if_new { vec![("if-none-match", "*".to_owned())] } else { Vec::new() };
+        let request = Request {
+            method: "PUT",
+            key: key.to_owned(),
+            headers,
+            body: Some(bytes),
+            ..Request::default()
+        };
+        self.client.call(Charge::Write, &request, |good| Ok(tag(&good)))
+    }
+
+    /// Creates an object in one request.
+    fn create_small(&self, name: &ObjectName, bytes: &[u8]) -> Result<(), StoreError> {
+        let key = self.key(name.as_str());
+        let put = match self.creation()? {
+            Creation::Conditional => self.put_key(&key, bytes, true),
+            Creation::Locked => self.locked(name, || self.put_key(&key, bytes, false))?,
+        };
+        match put {
+            Ok(tag) => self.check_tag(name, bytes, tag.as_deref()),
+            // The answer to an earlier try was lost, and it is our own that is there.
+            Err(failed) if failed.has_status(412) && failed.tries > 1 => {
+                if self.holds(name, bytes)? { Ok(()) } else { Err(self.taken(name)) }
+            }
+            Err(failed) if failed.has_status(412) => Err(self.taken(name)),
+            Err(failed) => Err(self.failed("create", name.as_str(), &failed)),
+        }
+    }
+
+    fn taken(&self, name: &ObjectName) -> StoreError {
+        let kind = StoreErrorKind::AlreadyExists;
+        self.error(kind, "create", name.as_str(), "there is an object of that name")
+    }
+
+    /// The server has checked the sum of what it got; its tag tells whether it kept the same. A tag
+    /// of another kind (of some ways of encryption) says nothing, so what is there is read.
+    fn check_tag(
+        &self,
+        name: &ObjectName,
+        bytes: &[u8],
+        tag: Option<&str>,
+    ) -> Result<(), StoreError> {
+        let Some(tag) = tag.filter(|_| bytes.len() <= TAG_BYTES_MAX) else { return Ok(()) };
+        let sum = Md5::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        if tag.trim_matches('"').eq_ignore_ascii_case(&sum) || self.holds(name, bytes)? {
+            return Ok(());
+        }
+        let why = "what the server kept is not what was sent";
+        Err(self.error(StoreErrorKind::Server, "create", name.as_str(), why))
+    }
+
+    /// Whether an object has just this content.
+    fn holds(&self, name: &ObjectName, bytes: &[u8]) -> Result<bool, StoreError> {
+        match self.get_all(name, bytes.len() as u64) {
+            Ok(content) => Ok(content == bytes),
+            Err(error) if error.kind() == StoreErrorKind::Corrupt || error.is_not_found() => {
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Does something to a free name under its lock, see [`lock`].
+    fn locked<T>(
+        &self,
+        name: &ObjectName,
+        operation: impl Fn() -> Result<T, Failed>,
+    ) -> Result<Result<T, Failed>, StoreError> {
+        let begun = Instant::now();
+        let mut contest = Contest::default();
+        let locks = self.key(&format!("{OWN}locks/{name}/"));
+        while begun.elapsed() < lock::WAIT_MAX {
+            if self.length(name)?.is_some() {
+                return Err(self.taken(name));
+            }
+            let own = format!("{locks}{:016x}", u64::from_le_bytes(self.random()?));
+            let held_since = Instant::now();
+            let failed = |failed| self.failed("lock", name.as_str(), &failed);
+            self.put_key(&own, b"", false).map_err(failed)?;
+            let listed = self.keys(&locks).map_err(failed)?;
+            let seen: Vec<String> = listed.into_iter().map(|(key, _)| key).collect();
+            match contest.look(&own, &seen, begun.elapsed()) {
+                Turn::Ours if held_since.elapsed() < lock::LEASE / 2 => {
+                    return self.under_lock(name, &own, held_since, operation);
+                }
+                Turn::Ours => self.delete_key(&own).map_err(failed)?,
+                Turn::Theirs { dead } => {
+                    for lock in dead.iter().chain([&own]) {
+                        self.delete_key(lock).map_err(failed)?;
+                    }
+                }
+            }
+            std::thread::sleep(contest.pause(u32::from_le_bytes(self.random()?)));
+        }
+        let why = "others kept its lock for minutes";
+        Err(self.error(StoreErrorKind::Server, "create", name.as_str(), why))
+    }
+
+    fn under_lock<T>(
+        &self,
+        name: &ObjectName,
+        own: &str,
+        held_since: Instant,
+        operation: impl Fn() -> Result<T, Failed>,
+    ) -> Result<Result<T, Failed>, StoreError> {
+        let is_free = self.length(name)?.is_none();
+        let done = is_free.then(operation);
+        let is_unknown = matches!(&done, Some(Err(failed)) if failed.may_have_happened());
+        if !is_unknown {
+            // A lock whose request may still be carried out stays until others lose patience.
+            self.delete_key(own).map_err(|failed| self.failed("unlock", name.as_str(), &failed))?;
+        }
+        match done {
+            None => Err(self.taken(name)),
+            Some(_) if held_since.elapsed() > lock::LEASE => {
+                let why = "it took longer than its lock is respected by others";
+                Err(self.error(StoreErrorKind::Server, "create", name.as_str(), why))
+            }
+            Some(done) => Ok(done),
+        }
+    }
+
+    fn random<const N: usize>(&self) -> Result<[u8; N], StoreError> {
+        let mut bytes = [0; N];
+        getrandom::fill(&mut bytes).map_err(|error| {
+            StoreError::from_io("lock", "an object", &self.location, std::io::Error::other(error))
+        })?;
+        Ok(bytes)
+    }
+
+    fn send_part(&self, key: &str, id: &str, index: usize, part: &[u8]) -> Result<String, Failed> {
+        let request = Request {
+            method: "PUT",
+            key: key.to_owned(),
+            query: vec![("partNumber", (index + 1).to_string()), ("uploadId", id.to_owned())],
+            body: Some(part),
+            ..Request::default()
+        };
+        self.client.call(Charge::Write, &request, |good| {
+            tag(&good).ok_or_else(|| Trouble::Nonsense("it gave a part no tag".to_owned()))
+        })
+    }
+
+    /// Makes an object of the parts that were sent.
+    fn complete(
+        &self,
+        name: &ObjectName,
+        id: &str,
+        list: &[u8],
+        bytes: u64,
+    ) -> Result<(), StoreError> {
+        let completed = match self.creation()? {
+            Creation::Locked => self.locked(name, || self.complete_once(name, id, list, false))?,
+            // Not every server that knows the condition of a PUT knows it here. The names of large
+            // objects are drawn at random, so that nobody creates the same one just now.
+            Creation::Conditional if self.length(name)?.is_some() => return Err(self.taken(name)),
+            Creation::Conditional => self.complete_once(name, id, list, true),
+        };
+        let Err(failed) = completed else { return Ok(()) };
+        let may_be_ours = failed.tries > 1 && (failed.has_status(404) || failed.has_status(412));
+        if may_be_ours && self.length(name)? == Some(bytes) {
+            return Ok(());
+        }
+        if failed.has_status(412) {
+            return Err(self.taken(name));
+        }
+        if failed.has_status(404) {
+            let why = "its unfinished bytes were removed meanwhile, as gc does with those of a \
+                       writer that it takes for dead";
+            return Err(self.error(StoreErrorKind::Server, "create", name.as_str(), why));
+        }
+        Err(self.failed("create", name.as_str(), &failed))
+    }
+
+    fn complete_once(
+        &self,
+        name: &ObjectName,
+        id: &str,
+        list: &[u8],
+        only_if_new: bool,
+    ) -> Result<(), Failed> {
+        let condition = only_if_new.then(|| ("if-none-match", "*".to_owned()));
+        let request = Request {
+            method: "POST",
+            key: self.key(name.as_str()),
+            query: vec![("uploadId", id.to_owned())],
+            headers: condition.into_iter().collect(),
+            body: Some(list),
+        };
+        self.client.call(Charge::Write, &request, |good| {
+            match answer::error_within(&good.body(ANSWER_BYTES_MAX)?) {
+                None => Ok(()),
+                Some(refusal) => Err(Trouble::Refused(refusal)),
+            }
+        })
+    }
+
+    fn abort(&self, key: &str, id: &str) -> Result<(), Failed> {
+        let request = Request {
+            method: "DELETE",
+            key: key.to_owned(),
+            query: vec![("uploadId", id.to_owned())],
+            ..Request::default()
+        };
+        match self.client.call(Charge::Delete, &request, |_| Ok(())) {
+            Err(failed) if failed.has_status(404) => Ok(()),
+            other => other,
+        }
+    }
+
+    fn delete_key(&self, key: &str) -> Result<(), Failed> {
+        let request = Request { method: "DELETE", key: key.to_owned(), ..Request::default() };
+        match self.client.call(Charge::Delete, &request, |_| Ok(())) {
+            Err(failed) if failed.has_status(404) && !failed.has_code("NoSuchBucket") => Ok(()),
+            other => other,
+        }
+    }
+
+    fn delete_batch(&self, names: &[ObjectName]) -> Result<(), StoreError> {
+        let mut list = String::from("<Delete><Quiet>true</Quiet>");
+        for name in names {
+            list.push_str("<Object><Key>");
+            list.push_str(&self.key(name.as_str()));
+            list.push_str("</Key></Object>");
+        }
+        list.push_str("</Delete>");
+        let request = Request {
+            method: "POST",
+            query: vec![("delete", String::new())],
+            headers: vec![("content-md5", base64(&Md5::digest(list.as_bytes())))],
+            body: Some(list.as_bytes()),
+            ..Request::default()
+        };
+        let deleted = self.client.call(Charge::Delete, &request, |good| {
+            let body = good.body(ANSWER_BYTES_MAX)?;
+            if let Some(refusal) = answer::error_within(&body) {
+                return Err(Trouble::Refused(refusal));
+            }
+            match answer::not_deleted(&body).map_err(Trouble::Nonsense)? {
+                None => Ok(()),
+                Some((_, refusal)) => Err(Trouble::Refused(refusal)),
+            }
+        });
+        deleted.map_err(|failed| self.failed("delete", "objects", &failed))
+    }
+
+    /// Length of an object, if there is one.
+    fn length(&self, name: &ObjectName) -> Result<Option<u64>, StoreError> {
+        let key = self.key(name.as_str());
+        let request = Request { method: "HEAD", key, ..Request::default() };
+        let length = self.client.call(Charge::Read, &request, |good| {
+            good.length().ok_or_else(|| Trouble::Nonsense("it gave no length".to_owned()))
+        });
+        match length {
+            Ok(length) => Ok(Some(length)),
+            Err(failed) if failed.has_status(404) => Ok(None),
+            Err(failed) => Err(self.failed("look at", name.as_str(), &failed)),
+        }
+    }
+
+    fn get_all(&self, name: &ObjectName, bytes_max: u64) -> Result<Vec<u8>, StoreError> {
+        let key = self.key(name.as_str());
+        let request = Request { method: "GET", key, ..Request::default() };
+        let content = self.client.call(Charge::Read, &request, |good| match good.length() {
+            Some(bytes) if bytes > bytes_max => Ok(Err(bytes)),
+            _ => Ok(Ok(good.body(bytes_max)?)),
+        });
+        match content.map_err(|failed| self.failed("read", name.as_str(), &failed))? {
+            Ok(content) => {
+                self.client.meter.received(content.len() as u64);
+                Ok(content)
+            }
+            Err(bytes) => {
+                let why = format!("it has {bytes} bytes where at most {bytes_max} are possible");
+                Err(self.error(StoreErrorKind::Corrupt, "read", name.as_str(), &why))
+            }
+        }
+    }
+
+    fn get_range(
+        &self,
+        name: &ObjectName,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), StoreError> {
+        let wanted = buffer.len() as u64;
+        let last = offset.saturating_add(wanted - 1);
+        let request = Request {
+            method: "GET",
+            key: self.key(name.as_str()),
+            headers: vec![("range", format!("bytes={offset}-{last}"))],
+            ..Request::default()
+        };
+        let got = self.client.call(Charge::Read, &request, |good| {
+            // rclone has status 200 for a part, so the status does not tell.
+            let begins = good.header("content-range").map(str::to_owned);
+            let is_range =
+                begins.is_some_and(|range| range.starts_with(&format!("bytes {offset}-")));
+            let is_all = offset == 0 && good.length() == Some(wanted);
+            match good.length() {
+                _ if !is_range && !is_all => {
+                    let why = "the server does not answer with the part that it was asked for";
+                    Err(Trouble::Silent(Silence::Impossible(why.to_owned())))
+                }
+                Some(bytes) if bytes < wanted => Ok(Some(bytes)),
+                _ => Ok(good.fill(buffer).map(|()| None)?),
+            }
+        });
+        let end = match got {
+            Ok(None) => {
+                self.client.meter.received(wanted);
+                return Ok(());
+            }
+            Ok(Some(bytes)) => format!("at byte {}", offset + bytes),
+            Err(failed) if failed.has_status(416) => "before it".to_owned(),
+            Err(failed) => return Err(self.failed("read", name.as_str(), &failed)),
+        };
+        let why = format!("it ends {end} in a read of {wanted} bytes at {offset}");
+        Err(self.error(StoreErrorKind::Corrupt, "read", name.as_str(), &why))
+    }
+
+    /// One page of the keys that begin with `prefix`.
+    fn page(
+        &self,
+        prefix: &str,
+        from: Option<String>,
+    ) -> Result<answer::Page<(String, u64)>, Failed> {
+        let mut query = vec![("list-type", "2".to_owned()), ("prefix", prefix.to_owned())];
+        query.extend(from.map(|token| ("continuation-token", token)));
+        let request = Request { method: "GET", query, ..Request::default() };
+        self.client.call(Charge::List, &request, |good| {
+            answer::objects(&good.body(ANSWER_BYTES_MAX)?).map_err(Trouble::Nonsense)
+        })
+    }
+
+    /// All keys that begin with `prefix`, and their bytes.
+    fn keys(&self, prefix: &str) -> Result<Vec<(String, u64)>, Failed> {
+        let mut page = self.page(prefix, None)?;
+        let mut keys = std::mem::take(&mut page.items);
+        while let Some(next) = page.next.take() {
+            page = self.page(prefix, Some(next))?;
+            keys.append(&mut page.items);
+        }
+        Ok(keys)
+    }
+
+    fn unfinished(&self) -> Result<Vec<Upload>, Failed> {
+        let mut found = Vec::new();
+        let mut mark: Option<String> = None;
+        loop {
+            let mut query = vec![("uploads", String::new()), ("prefix", self.root.clone())];
+            if let Some((key, id)) = mark.as_deref().and_then(|mark| mark.split_once('\n')) {
+                query.push(("key-marker", key.to_owned()));
+                query.push(("upload-id-marker", id.to_owned()));
+            }
+            let request = Request { method: "GET", query, ..Request::default() };
+            let page = self.client.call(Charge::List, &request, |good| {
+                answer::uploads(&good.body(ANSWER_BYTES_MAX)?).map_err(Trouble::Nonsense)
+            })?;
+            found.extend(page.items);
+            mark = page.next;
+            if mark.is_none() {
+                // Not every server looks at the prefix.
+                found.retain(|upload| upload.key.starts_with(&self.root));
+                return Ok(found);
+            }
+        }
+    }
+}
+
+fn tag(answer: &Answer) -> Option<String> {
+    answer.header("etag").map(str::to_owned)
+}
+
+fn base64(bytes: &[u8]) -> String {
+    use base64::Engine as _;
+    base64::engine::general_purpose::STANDARD.encode(bytes)
+}
+
+impl Store for S3Store {
+    fn location(&self) -> &str {
+        &self.shared.location
+    }
+
+    fn create(&self, name: &ObjectName) -> Result<Box<dyn ObjectWriter>, StoreError> {
+        self.shared.must_be_writable("create", name.as_str())?;
+        Ok(Box::new(S3Writer::new(Arc::clone(&self.shared), name.clone())))
+    }
+
+    fn put(&self, name: &ObjectName, bytes: &[u8]) -> Result<(), StoreError> {
+        self.shared.must_be_writable("create", name.as_str())?;
+        if bytes.len() <= upload::PART_BYTES {
+            return self.shared.create_small(name, bytes);
+        }
+        let mut writer = self.create(name)?;
+        writer.write(bytes)?;
+        writer.finish().map(drop)
+    }
+
+    fn read_exact(
+        &self,
+        name: &ObjectName,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), StoreError> {
+        if buffer.is_empty() { Ok(()) } else { self.shared.get_range(name, offset, buffer) }
+    }
+
+    fn len(&self, name: &ObjectName) -> Result<u64, StoreError> {
+        let missing = || {
+            let why = "there is no object of that name";
+            self.shared.error(StoreErrorKind::NotFound, "look at", name.as_str(), why)
+        };
+        self.shared.length(name)?.ok_or_else(missing)
+    }
+
+    fn read(&self, name: &ObjectName, bytes_max: u64) -> Result<Vec<u8>, StoreError> {
+        self.shared.get_all(name, bytes_max)
+    }
+
+    fn list(&self, prefix: &str) -> Result<Vec<ObjectEntry>, StoreError> {
+        let shared = &self.shared;
+        let keys = shared.keys(&shared.key(prefix));
+        let keys = keys.map_err(|failed| shared.failed("list", prefix, &failed))?;
+        let entry = |(key, bytes): (String, u64)| {
+            let name = ObjectName::new(key.strip_prefix(&shared.root)?).ok()?;
+            Some(ObjectEntry { name, bytes })
+        };
+        let mut entries: Vec<ObjectEntry> = keys.into_iter().filter_map(entry).collect();
+        entries.sort_unstable();
+        entries.dedup();
+        Ok(entries)
+    }
+
+    fn delete(&self, names: &[ObjectName]) -> Result<(), StoreError> {
+        for name in names {
+            self.shared.must_be_writable("delete", name.as_str())?;
+        }
+        if names.len() > SINGLY_MAX {
+            return names.chunks(BATCH_MAX).try_for_each(|batch| self.shared.delete_batch(batch));
+        }
+        names.iter().try_for_each(|name| {
+            let deleted = self.shared.delete_key(&self.shared.key(name.as_str()));
+            deleted.map_err(|failed| self.shared.failed("delete", name.as_str(), &failed))
+        })
+    }
+
+    fn settle(&self, _prefix: &str) -> Result<(), StoreError> {
+        // What a server has answered for is durable.
+        Ok(())
+    }
+
+    fn leftovers(&self) -> Result<Vec<String>, StoreError> {
+        let uploads = self.shared.unfinished();
+        let uploads =
+            uploads.map_err(|failed| self.shared.failed("list", "unfinished uploads", &failed))?;
+        Ok(uploads.into_iter().map(|upload| format!("{}\n{}", upload.key, upload.id)).collect())
+    }
+
+    fn remove_leftovers(&self, leftovers: &[String]) -> Result<(), StoreError> {
+        for (key, id) in leftovers.iter().filter_map(|leftover| leftover.split_once('\n')) {
+            self.shared.must_be_writable("remove", key)?;
+            let aborted = self.shared.abort(key, id);
+            aborted.map_err(|failed| self.shared.failed("remove", key, &failed))?;
+        }
+        Ok(())
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        Some(self.shared.client.meter.read())
+    }
+}
