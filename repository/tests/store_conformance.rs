@@ -8,9 +8,9 @@ use std::sync::{Arc, Barrier};
 
 use icecore_repository::store::{
     Access, CrashMode, DirectoryStore, MemoryStore, ObjectName, S3Address, S3Settings, S3Store,
-    SimFileSystem, Store, StoreErrorKind,
+    SimFileSystem, Store, StoreErrorKind, sftp,
 };
-use icecore_tests::{ObjectServer, ObjectStore};
+use icecore_tests::{ObjectServer, ObjectStore, SshServer};
 
 fn name(text: &str) -> ObjectName {
     ObjectName::new(text).unwrap()
@@ -251,6 +251,21 @@ fn the_store_in_memory_conforms() {
     conforms(&mut || {
         let store = MemoryStore::new();
         (Box::new(store.reopened(Access::ReadWrite)), Box::new(store.reopened(Access::ReadOnly)))
+    });
+}
+
+#[test]
+fn the_sftp_store_conforms() {
+    let server = SshServer::start().unwrap();
+    let ssh = || sftp::Ssh::new(&server.command());
+    let mut number = 0;
+    conforms(&mut || {
+        number += 1;
+        let address = server.address(&format!("repo{number}"));
+        let address = address.strip_prefix("sftp://").unwrap().parse().unwrap();
+        let writable = sftp::create(ssh(), &address).unwrap();
+        let read_only = sftp::open(ssh(), &address, Access::ReadOnly).unwrap();
+        (Box::new(writable), Box::new(read_only))
     });
 }
 

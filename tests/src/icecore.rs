@@ -95,7 +95,7 @@ impl Icecore {
     pub fn without_repository() -> Result<Self> {
         let scratch = Scratch::new()?;
         let repository = scratch.join("repository");
-        Ok(Self { binary: binary()?, repository, scratch, environment: Vec::new() })
+        Ok(Self { binary: icecore_binary()?, repository, scratch, environment: Vec::new() })
     }
 
     /// With a fresh state folder, a fresh key file and a fresh repository that is encrypted with it.
@@ -206,8 +206,8 @@ impl Icecore {
     }
 }
 
-/// Cargo puts a package's tests into `deps`, beside which its binaries lie.
-fn binary() -> Result<PathBuf> {
+/// The binary under test. Cargo puts a package's tests into `deps`, beside which its binaries lie.
+pub fn icecore_binary() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("ICECORE_BIN") {
         return Ok(path.into());
     }

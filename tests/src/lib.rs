@@ -28,8 +28,10 @@ mod process;
 mod proof;
 mod qemu;
 mod reference;
+mod remote;
 mod shell;
 mod spec;
+mod ssh;
 mod vm;
 
 pub use acceptance::acceptance;
@@ -39,7 +41,7 @@ pub use debian::Debian;
 pub use disk::{Attach, Bus, Disk, Fs, Layout};
 pub use failure::{Failure, Result};
 pub use fault_proxy::{FaultProxy, Mischief, Rule};
-pub use icecore::{Icecore, Outcome, Run, Site, Started};
+pub use icecore::{Icecore, Outcome, Run, Site, Started, icecore_binary};
 pub use image::{
     compare, create_noise, create_overlay, create_qcow2, create_raw, filesystem_check,
     image_to_raw, sha256_of,
@@ -55,6 +57,7 @@ pub use qemu::Qemu;
 pub use reference::{FreezeWatch, Reference};
 pub use shell::Shell;
 pub use spec::VmSpec;
+pub use ssh::SshServer;
 pub use vm::TestVm;
 
 /// Bytes in one KiB.

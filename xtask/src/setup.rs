@@ -7,7 +7,7 @@ use crate::qemus;
 use crate::step::{Result, captured, program, target, timed};
 
 /// For the guest, the judges of restored disks, and independent peers on the wire.
-const TOOLS: [&str; 13] = [
+const TOOLS: [&str; 15] = [
     "busybox-static",
     "cpio",
     "kmod",
@@ -21,6 +21,8 @@ const TOOLS: [&str; 13] = [
     "strace",
     "curl",
     "openssl",
+    "openssh-client",
+    "openssh-server",
 ];
 const QEMU: [&str; 4] = ["qemu-system-x86", "qemu-utils", "qemu-block-extra", "qemu-guest-agent"];
 /// For the tests of domains; they start a daemon of their own.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::ahead::ReadAhead;
 use super::probe::probe_directory;
+use super::sftp::{self, BadSftpAddress, SftpAddress, Ssh};
 use super::{Access, DirectoryStore, Found, S3Address, S3Store, Store, StoreError, Unfit, s3};
 
 /// The address of a store: the path of a directory, or an URL.
@@ -18,6 +19,8 @@ pub enum Address {
     Directory(PathBuf),
     /// A place in a bucket of an object store. Server and keys are told by the environment.
     S3(S3Address),
+    /// A directory of an SFTP server, over the system's ssh.
+    Sftp(SftpAddress),
 }
 
 /// A text that is no address.
@@ -32,6 +35,9 @@ pub enum BadAddress {
     /// An URL of a known kind with something wrong behind it.
     #[error("{0}")]
     Place(String),
+    /// An SFTP server's address that cannot be used.
+    #[error(transparent)]
+    Sftp(#[from] BadSftpAddress),
 }
 
 impl FromStr for Address {
@@ -42,6 +48,7 @@ impl FromStr for Address {
             _ if text.is_empty() => Err(BadAddress::Empty),
             None => Ok(Self::Directory(PathBuf::from(text))),
             Some(("s3", place)) => S3Address::parse(place).map(Self::S3).map_err(BadAddress::Place),
+            Some(("sftp", rest)) => Ok(Self::Sftp(rest.parse()?)),
             Some((scheme, _)) => Err(BadAddress::Scheme(scheme.to_owned())),
         }
     }
@@ -52,6 +59,7 @@ impl fmt::Display for Address {
         match self {
             Self::Directory(path) => path.display().fmt(f),
             Self::S3(place) => place.fmt(f),
+            Self::Sftp(address) => address.fmt(f),
         }
     }
 }
@@ -64,7 +72,7 @@ impl Address {
     pub fn absolute(self) -> io::Result<Self> {
         Ok(match self {
             Self::Directory(path) => Self::Directory(std::path::absolute(path)?),
-            Self::S3(_) => self,
+            Self::S3(_) | Self::Sftp(_) => self,
         })
     }
 
@@ -78,6 +86,10 @@ impl Address {
             Self::S3(place) => {
                 let settings = s3::from_environment(&place.to_string())?;
                 Arc::new(ReadAhead::new(Arc::new(S3Store::open(place, settings, access)?)))
+            }
+            Self::Sftp(address) => {
+                let store = sftp::open(Ssh::from_environment(), address, access)?;
+                Arc::new(ReadAhead::new(Arc::new(store)))
             }
         })
     }
@@ -105,6 +117,7 @@ impl Address {
                 let settings = s3::from_environment(&place.to_string())?;
                 Arc::new(S3Store::create(place, settings)?)
             }
+            Self::Sftp(address) => Arc::new(sftp::create(Ssh::from_environment(), address)?),
         })
     }
 }
@@ -118,6 +131,8 @@ mod tests {
         assert_eq!("/a/b".parse::<Address>().unwrap().to_string(), "/a/b");
         assert_eq!("s3://bkt/a/b/".parse::<Address>().unwrap().to_string(), "s3://bkt/a/b");
         assert!(matches!("s3://bkt/../b".parse::<Address>(), Err(BadAddress::Place(_))));
+        let sftp = "sftp://me@host:22/a";
+        assert_eq!(sftp.parse::<Address>().unwrap().to_string(), sftp);
         assert_eq!("".parse::<Address>(), Err(BadAddress::Empty));
         assert_eq!("gopher://x".parse::<Address>(), Err(BadAddress::Scheme("gopher".into())));
     }

@@ -126,28 +126,38 @@ impl Shared {
         })
     }
 
-    fn walk(&self, directory: &str, prefix: &str, found: &mut Vec<ObjectName>) -> io::Result<()> {
-        let entries = match self.fs.entries(directory) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            entries => entries?,
-        };
-        for entry in entries {
-            let path = if directory.is_empty() {
-                entry.name
-            } else {
-                format!("{directory}/{}", entry.name)
-            };
-            let Ok(name) = ObjectName::new(path) else { continue };
-            if entry.is_directory {
-                self.walk(name.as_str(), prefix, found)?;
-            } else if name.as_str().starts_with(prefix) {
-                found.push(name);
+    /// All objects below a directory, level by level, with their lengths as far as listings tell.
+    fn walk(&self, directory: &str, prefix: &str) -> io::Result<Vec<(ObjectName, Option<u64>)>> {
+        let mut found = Vec::new();
+        let mut level = vec![directory.to_owned()];
+        while !level.is_empty() {
+            let listed = self.fs.entries_of(&level)?;
+            let mut below = Vec::new();
+            for (directory, entries) in level.iter().zip(listed) {
+                for entry in entries.into_iter().flatten() {
+                    let path = if directory.is_empty() {
+                        entry.name
+                    } else {
+                        format!("{directory}/{}", entry.name)
+                    };
+                    let Ok(name) = ObjectName::new(path) else { continue };
+                    if entry.is_directory {
+                        below.push(name.as_str().to_owned());
+                    } else if name.as_str().starts_with(prefix) {
+                        found.push((name, entry.bytes));
+                    }
+                }
             }
+            level = below;
         }
-        Ok(())
+        found.sort_unstable();
+        Ok(found)
     }
 
-    fn entry(&self, name: ObjectName) -> Option<io::Result<ObjectEntry>> {
+    fn entry(&self, name: ObjectName, bytes: Option<u64>) -> Option<io::Result<ObjectEntry>> {
+        if let Some(bytes) = bytes {
+            return Some(Ok(ObjectEntry { name, bytes }));
+        }
         match self.fs.file_bytes(name.as_str()) {
             Ok(bytes) => Some(Ok(ObjectEntry { name, bytes })),
             // Deleted since the directory was read.
@@ -221,18 +231,17 @@ impl Store for DirectoryStore {
 
     fn list(&self, prefix: &str) -> Result<Vec<ObjectEntry>, StoreError> {
         let shared = &self.shared;
-        let entries = self.names(prefix)?.into_iter().filter_map(|name| shared.entry(name));
-        let entries: io::Result<Vec<_>> = entries.collect();
-        entries.map_err(|error| shared.failed("list", prefix, error))
+        let list = || -> io::Result<Vec<ObjectEntry>> {
+            let found = shared.walk(parent(prefix), prefix)?.into_iter();
+            found.filter_map(|(name, bytes)| shared.entry(name, bytes)).collect()
+        };
+        list().map_err(|error| shared.failed("list", prefix, error))
     }
 
     fn names(&self, prefix: &str) -> Result<Vec<ObjectName>, StoreError> {
-        let mut found = Vec::new();
-        self.shared
-            .walk(parent(prefix), prefix, &mut found)
-            .map_err(|error| self.shared.failed("list", prefix, error))?;
-        found.sort_unstable();
-        Ok(found)
+        let found = self.shared.walk(parent(prefix), prefix);
+        let found = found.map_err(|error| self.shared.failed("list", prefix, error))?;
+        Ok(found.into_iter().map(|(name, _)| name).collect())
     }
 
     fn delete(&self, names: &[ObjectName]) -> Result<(), StoreError> {

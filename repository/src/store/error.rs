@@ -41,14 +41,16 @@ impl StoreErrorKind {
                 "free space with `icecore point delete` and `icecore gc`, or enlarge the disk"
             }
             Self::ReadOnly => "use a writable repository for this operation",
-            Self::Permission => "run as the user who owns the repository, or correct its modes",
+            Self::Permission => {
+                "use a user or a token that may, or correct the modes of the repository"
+            }
             Self::Corrupt => "run `icecore check --read-data` and keep the object for analysis",
             Self::Credentials => {
                 "check the keys, what they may do at this place, and this host's clock"
             }
             Self::Unreachable => "check the server's address, its state and the network between",
             Self::Server => "try again later; if it stays, look at the server's log",
-            Self::Io => "look at the kernel log and the state of the disk or mount",
+            Self::Io => "look at the kernel log and the state of the disk, mount or server",
         }
     }
 
@@ -59,9 +61,26 @@ impl StoreErrorKind {
             Some(Errno::NOSPC | Errno::DQUOT | Errno::FBIG | Errno::MLINK) => Self::NoSpace,
             Some(Errno::ROFS) => Self::ReadOnly,
             Some(Errno::ACCESS | Errno::PERM) => Self::Permission,
-            _ => Self::Io,
+            Some(_) => Self::Io,
+            None => {
+                let told = error.get_ref().and_then(|source| source.downcast_ref::<Told>());
+                told.map_or(Self::Io, |told| told.kind)
+            }
         }
     }
+}
+
+/// What a file system that is not this host's says of an error, in words.
+#[derive(Debug, thiserror::Error)]
+#[error("{words}")]
+struct Told {
+    kind: StoreErrorKind,
+    words: String,
+}
+
+/// An error of a file system for which the operating system has no code.
+pub(super) fn told(kind: StoreErrorKind, words: impl Into<String>) -> io::Error {
+    io::Error::other(Told { kind, words: words.into() })
 }
 
 /// One failed operation on one object of one store.
@@ -109,6 +128,12 @@ impl StoreError {
     #[must_use]
     pub fn object(&self) -> &str {
         &self.object
+    }
+
+    /// Why, without what was tried on what.
+    #[must_use]
+    pub fn reason(&self) -> String {
+        self.source.to_string()
     }
 
     /// What a person can do next.

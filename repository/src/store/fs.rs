@@ -28,6 +28,8 @@ pub struct DirEntry {
     pub name: String,
     /// True for a directory; everything that is neither file nor directory is left out.
     pub is_directory: bool,
+    /// A file's length, where the listing tells it and it need not be asked for.
+    pub bytes: Option<u64>,
 }
 
 /// A file open for appending.
@@ -66,6 +68,15 @@ pub trait FileSystem: Send + Sync + fmt::Debug {
     fn sync_directory(&self, path: &str) -> io::Result<()>;
     /// Entries of a directory, in no order.
     fn entries(&self, path: &str) -> io::Result<Vec<DirEntry>>;
+    /// As [`entries`](Self::entries) of many directories; `None` for one that is not there. Where
+    /// each question takes a journey, they are asked together.
+    fn entries_of(&self, paths: &[String]) -> io::Result<Vec<Option<Vec<DirEntry>>>> {
+        let entries = |path: &String| match self.entries(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            entries => entries.map(Some),
+        };
+        paths.iter().map(entries).collect()
+    }
 }
 
 /// The operating system's file system below a root directory.
@@ -233,7 +244,8 @@ impl FileSystem for OsFileSystem {
                 known => known,
             };
             if file_type.is_file() || file_type.is_dir() {
-                found.push(DirEntry { name: name.to_owned(), is_directory: file_type.is_dir() });
+                let (name, is_directory) = (name.to_owned(), file_type.is_dir());
+                found.push(DirEntry { name, is_directory, bytes: None });
             }
         }
         Ok(found)

@@ -464,8 +464,8 @@ impl FileSystem for SimFileSystem {
             let files = state.names.keys().filter_map(name_in);
             let directories = state.directories.iter().filter_map(name_in);
             Ok(files
-                .map(|name| DirEntry { name, is_directory: false })
-                .chain(directories.map(|name| DirEntry { name, is_directory: true }))
+                .map(|name| DirEntry { name, is_directory: false, bytes: None })
+                .chain(directories.map(|name| DirEntry { name, is_directory: true, bytes: None }))
                 .collect())
         })
     }

@@ -1,0 +1,92 @@
+//! Repositories on an SFTP server: a real sshd, and what it, its disk and ssh refuse.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use icecore_tests::{Icecore, Result, SshServer, VmSpec, run};
+
+#[test]
+fn a_repository_lives_on_an_sftp_server() -> Result<()> {
+    let server = SshServer::start()?;
+    let icecore = Icecore::at(&server.address("repo"), server.environment())?;
+    let vm = VmSpec::start_noisy("sftp")?;
+    let [first, third] = icecore.live_through_a_kill(&vm)?;
+    // The server's host dies in the middle of a copy. Its name says what happened; the next run
+    // finds a server again.
+    let cut_off = icecore.start_noisy_backup(&vm, 3)?;
+    server.kill_sessions();
+    let outcome = cut_off.finish()?;
+    assert_eq!(outcome.status, Some(1), "{outcome:?}");
+    assert!(outcome.stderr.contains("sftp://"), "{outcome:?}");
+    vm.require_no_trace()?;
+    icecore.prove_next_point(&vm)?;
+    assert_eq!(icecore.points()?.len(), 4);
+    icecore.collect_after_a_kill(&first)?;
+    icecore.restore_all(&third, &icecore.path("third"))?;
+    let again = icecore.word_on_repository("repo", "init").outcome()?;
+    assert_eq!(again.status, Some(3), "{again:?}");
+    Ok(())
+}
+
+#[test]
+fn what_ssh_and_its_server_refuse_is_said() -> Result<()> {
+    let mut server = SshServer::start()?;
+    let icecore = Icecore::at(&server.address("repo"), server.environment())?;
+    let info = |status| icecore.word_on_repository("repo", "info").expect(status);
+    info(0)?;
+    server.restart("internal-sftp -P hardlink")?;
+    let without = info(1)?;
+    assert!(without.stderr.contains("hardlink@openssh.com"), "{without:?}");
+    server.restart("internal-sftp -R")?;
+    info(0)?;
+    let read_only = icecore.command("repo").args(["init", &server.address("other")]).expect(1)?;
+    assert!(read_only.stderr.contains("Permission denied"), "{read_only:?}");
+    server.restart("internal-sftp")?;
+    let nothing = icecore.command("repo").args(["info", &server.address("none")]).expect(2)?;
+    assert!(nothing.stderr.contains("no Icecore repository"), "{nothing:?}");
+    server.forget_user()?;
+    let refused = info(1)?;
+    assert!(refused.stderr.contains("does not let this user in"), "{refused:?}");
+    server.forge_known_host()?;
+    let forged = info(1)?;
+    assert!(forged.stderr.contains("host key"), "{forged:?}");
+    server.kill();
+    let gone = info(1)?;
+    assert!(gone.stderr.contains("refused"), "{gone:?}");
+    Ok(())
+}
+
+/// A file system of so many MiB in a server's folder.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(path: PathBuf, size: &str) -> Result<Self> {
+        let mut mount = Command::new("mount");
+        run(mount.args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(&path))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily: a server may still be in it.
+        let _ = run(Command::new("umount").arg("-l").arg(&self.0));
+    }
+}
+
+#[test]
+fn a_full_disk_behind_sftp_is_said_and_nothing_is_committed() -> Result<()> {
+    let server = SshServer::start()?;
+    let _disk = SmallDisk::mount(server.served(), "10m")?;
+    let icecore = Icecore::at(&server.address("repo"), server.environment())?;
+    let vm = VmSpec::start_noisy("full")?;
+    let outcome = icecore.backup(&vm).outcome()?;
+    assert_eq!(outcome.status, Some(1), "{outcome:?}");
+    assert!(outcome.stderr.contains("No space left"), "{outcome:?}");
+    assert!(outcome.stderr.contains("free space"), "{outcome:?}");
+    vm.require_no_trace()?;
+    assert!(icecore.points()?.is_empty());
+    icecore.on_repository("gc").succeed()?;
+    vm.drop_noise()?;
+    icecore.prove_next_point(&vm).map(drop)
+}
