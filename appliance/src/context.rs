@@ -90,8 +90,14 @@ impl Context {
 
     /// Where the repository `repo` is: the configured one of that name, or an address itself.
     pub fn repository_address(&self, repo: &str) -> Outcome<Address> {
-        let url = self.config.repository.get(repo).map_or(repo, |r| r.url.as_str());
-        url.parse().map_err(|e| {
+        // A job remembers a repository by its address, so that is looked for, too.
+        let all = &self.config.repository;
+        let known = all.get(repo).or_else(|| all.values().find(|known| known.url == repo));
+        let url = known.map_or(repo, |known| known.url.as_str());
+        let address: Result<Address, _> = url.parse();
+        let files = known.map(|known| (known.token_file.clone(), known.ca_file.clone()));
+        let (token_file, ca_file) = files.unwrap_or_default();
+        address.map(|address| address.with_files(token_file, ca_file)).map_err(|e| {
             Failure::usage(format!("open the repository {url:?}"), e)
                 .next("name a directory (NFS mounts are directories, too) or s3://BUCKET/PREFIX")
         })

@@ -29,11 +29,13 @@ mod points;
 mod policy;
 mod progress;
 mod recovery;
+mod repo_server;
 mod report;
 mod restore;
 mod rollback;
 mod state;
 mod target;
+mod tls;
 
 use std::process::ExitCode;
 

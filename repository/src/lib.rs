@@ -35,6 +35,7 @@ mod reader;
 mod record;
 mod repository;
 mod resolve;
+pub mod rights;
 mod sealing;
 mod session;
 mod sink;

@@ -6,11 +6,12 @@
 use std::path::Path;
 use std::sync::{Arc, Barrier};
 
+use icecore_repository::store::served::{ServedStore, ServerAddress};
 use icecore_repository::store::{
     Access, CrashMode, DirectoryStore, MemoryStore, ObjectName, S3Address, S3Settings, S3Store,
     SimFileSystem, Store, StoreErrorKind, sftp,
 };
-use icecore_tests::{ObjectServer, ObjectStore, SshServer};
+use icecore_tests::{ObjectServer, ObjectStore, RepoServer, SshServer, icecore_binary};
 
 fn name(text: &str) -> ObjectName {
     ObjectName::new(text).unwrap()
@@ -265,6 +266,22 @@ fn the_sftp_store_conforms() {
         let address = address.strip_prefix("sftp://").unwrap().parse().unwrap();
         let writable = sftp::create(ssh(), &address).unwrap();
         let read_only = sftp::open(ssh(), &address, Access::ReadOnly).unwrap();
+        (Box::new(writable), Box::new(read_only))
+    });
+}
+
+#[test]
+fn the_store_on_a_repository_server_conforms() {
+    let server = RepoServer::start(&icecore_binary().unwrap()).unwrap();
+    let token = server.add_token("admin", "administer", "*").unwrap();
+    let mut number = 0;
+    conforms(&mut || {
+        number += 1;
+        let mut address: ServerAddress = server.address(&format!("repo{number}")).parse().unwrap();
+        address.token_file = Some(token.clone());
+        address.ca_file = Some(server.path("ca.pem"));
+        let writable = ServedStore::create(&address).unwrap();
+        let read_only = ServedStore::open(&address, Access::ReadOnly).unwrap();
         (Box::new(writable), Box::new(read_only))
     });
 }

@@ -69,11 +69,15 @@ impl Icecore {
 
     /// With a fresh state folder and a new repository at a site.
     pub fn at(site: &Site) -> Result<Self> {
-        let Site { address, environment, init } = site.clone();
-        let scratch = Scratch::new()?;
-        let icecore = Self { binary: binary()?, repository: address.into(), scratch, environment };
-        let arguments: Vec<&str> = init.iter().map(String::as_str).collect();
-        icecore.init(&arguments)
+        let arguments: Vec<&str> = site.init.iter().map(String::as_str).collect();
+        Self::without_repository_at(site)?.init(&arguments)
+    }
+
+    /// With the site of a repository that may be there or not.
+    pub fn without_repository_at(site: &Site) -> Result<Self> {
+        let Site { address, environment, .. } = site.clone();
+        let (scratch, binary) = (Scratch::new()?, icecore_binary()?);
+        Ok(Self { binary, repository: address.into(), scratch, environment })
     }
 
     /// Another host with the same repository: it has nothing of this one's state.

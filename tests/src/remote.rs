@@ -65,10 +65,11 @@ impl Icecore {
         self.word_on_repository("repo", "init").succeed().map(drop)
     }
 
-    /// The points in it.
+    /// The points in it that can be restored.
     pub fn points(&self) -> Result<Vec<Value>> {
         let listed = self.word_on_repository("point", "list").json()?;
-        Ok(listed.as_array().cloned().unwrap_or_default())
+        let all = listed.as_array().cloned().unwrap_or_default();
+        Ok(all.into_iter().filter(|point| point["status"] == "available").collect())
     }
 
     /// A backup in the middle of its copy, of new noise.

@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use crate::failure::{During, Failure, Result};
+use crate::icecore::Site;
 use crate::place::Scratch;
 use crate::process::{Background, run, wait_until};
 
@@ -105,9 +106,10 @@ impl SshServer {
         format!("ssh -F {}", self.scratch.join("ssh.conf").display())
     }
 
-    /// The environment of a client.
-    pub fn environment(&self) -> Vec<(String, String)> {
-        vec![("ICECORE_SSH".to_owned(), self.command())]
+    /// A path below the served folder, and what it takes to reach it.
+    pub fn site(&self, path: &str) -> Site {
+        let environment = vec![("ICECORE_SSH".to_owned(), self.command().into())];
+        Site { address: self.address(path), environment, init: Vec::new() }
     }
 
     /// Has clients expect another host key than the server's.

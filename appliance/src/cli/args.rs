@@ -15,7 +15,8 @@ pub use super::policy_args::{
 };
 pub use super::repository_args::{
     COPY_EXAMPLES, CatalogCommand, ChainCommand, CheckArgs, CopyArgs, DiffArgs, GcArgs, KeyAddArgs,
-    KeyCommand, PointArgs, PointCommand, RepoCommand, RepoInitArgs, ServiceCommand,
+    KeyCommand, PointArgs, PointCommand, RepoCommand, RepoInitArgs, RepoServeArgs,
+    RepoTokenCommand, ServiceCommand, TokensArgs,
 };
 pub use super::restore_args::{
     ExportArgs, FormatArg, RESTORE_EXAMPLES, ROLLBACK_EXAMPLES, RestartArg, RestoreArgs,

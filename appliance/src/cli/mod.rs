@@ -44,7 +44,7 @@ pub fn run() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     // What a daemon does is for its log; what a command does is on the terminal.
-    let serves = matches!(cli.command, Command::Serve);
+    let serves = matches!(cli.command, Command::Serve | Command::Repo(args::RepoCommand::Serve(_)));
     start_log(cli.global.verbose.saturating_add(u8::from(serves)));
     match run_command(cli) {
         Ok(status) => ExitCode::from(status),
@@ -105,7 +105,7 @@ fn tell(context: &Context, vm: Option<&str>, outcome: &Outcome<u8>) {
 
 async fn dispatch(context: &Context, global: &Global, command: Command) -> Outcome<u8> {
     match command {
-        Command::Repo(command) => commands::repo::run(context, command),
+        Command::Repo(command) => commands::repo::run(context, command).await,
         Command::Backup(args) => commands::backup::run(context, args).await,
         Command::Restore(args) => commands::restore::run(context, args).await,
         Command::Rollback(args) => commands::rollback::run(context, args).await,

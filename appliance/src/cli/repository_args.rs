@@ -1,8 +1,10 @@
 //! Flags of the commands on a repository and its points.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
+use icecore_repository::rights::Right;
 
 use super::args::RepoArgs;
 use crate::names;
@@ -31,6 +33,13 @@ icecore repo init /backup --encrypt --key-file /root/key")]
     /// List, add and remove the keys of an encrypted repository
     #[command(subcommand)]
     Key(KeyCommand),
+    /// Serve the repositories in a directory to other hosts, over HTTPS
+    #[command(after_help = "Example:\n  icecore repo serve --directory /srv/icecore \
+--listen 0.0.0.0:8443 --tls-cert server.pem --tls-key server.key")]
+    Serve(RepoServeArgs),
+    /// Who may use the repositories that are served
+    #[command(subcommand)]
+    Token(RepoTokenCommand),
 }
 
 #[derive(Debug, Subcommand)]
@@ -79,6 +88,89 @@ pub struct KeyAddArgs {
     /// What you call it; whoever sees the repository can read it
     #[arg(long, value_name = "TEXT")]
     pub label: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct RepoServeArgs {
+    /// Where to listen; without TLS a loopback address only
+    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:8443")]
+    pub listen: SocketAddr,
+    #[command(flatten)]
+    pub tokens: TokensArgs,
+    /// The certificate chain, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its private key, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// What each repository may take for which the tokens' file names no quota
+    #[arg(long, value_name = "SIZE", value_parser = names::size)]
+    pub quota: Option<u64>,
+}
+
+/// Where a server keeps what.
+#[derive(Debug, Args)]
+pub struct TokensArgs {
+    /// The directory that holds the repositories
+    #[arg(long, value_name = "DIR")]
+    pub directory: PathBuf,
+    /// The file with the tokens and quotas [default: .tokens.toml in the directory]
+    #[arg(long, value_name = "FILE")]
+    pub tokens: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum RepoTokenCommand {
+    /// Make a token and print it, this once
+    #[command(after_help = "Example:\n  icecore repo token add web1 --directory /srv/icecore \
+--right append --repository main > web1.token")]
+    Add {
+        /// Whose it is: a host's name
+        name: String,
+        /// What it allows
+        #[arg(long, value_enum, default_value_t = RightArg::Append)]
+        right: RightArg,
+        /// The repositories that it is for; '*' is all
+        #[arg(long, value_name = "NAME", required = true)]
+        repository: Vec<String>,
+        #[command(flatten)]
+        tokens: TokensArgs,
+    },
+    /// List the tokens
+    #[command(after_help = "Example:\n  icecore repo token list --directory /srv/icecore")]
+    List {
+        #[command(flatten)]
+        tokens: TokensArgs,
+    },
+    /// Take a token away; a running server refuses it from then on
+    #[command(after_help = "Example:\n  icecore repo token remove web1 --directory /srv/icecore")]
+    Remove {
+        /// Its name
+        name: String,
+        #[command(flatten)]
+        tokens: TokensArgs,
+    },
+}
+
+/// What a token allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RightArg {
+    /// Restore, check, list
+    Read,
+    /// And add points; delete nothing
+    Append,
+    /// And delete, protect, collect garbage
+    Administer,
+}
+
+impl From<RightArg> for Right {
+    fn from(right: RightArg) -> Self {
+        match right {
+            RightArg::Read => Self::Read,
+            RightArg::Append => Self::Append,
+            RightArg::Administer => Self::Administer,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

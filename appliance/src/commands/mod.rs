@@ -19,6 +19,7 @@ pub mod quota;
 pub mod record;
 pub mod repo;
 pub mod repo_open;
+pub mod repo_server;
 pub mod restore;
 pub mod rollback;
 pub mod schedule;

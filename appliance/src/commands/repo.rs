@@ -3,7 +3,7 @@
 use icecore_repository::store::{Address, CreateOnly, Found};
 use icecore_repository::{BlockSize, Compression, InitOptions, KeyMaterial, Repository};
 
-use super::key;
+use super::{key, repo_server};
 use crate::cli::OK;
 use crate::cli::args::{CatalogCommand, RepoCommand, RepoInitArgs};
 use crate::context::Context;
@@ -12,12 +12,14 @@ use crate::names::human_bytes;
 use crate::output;
 
 /// Runs `icecore repo …`.
-pub fn run(context: &Context, command: RepoCommand) -> Outcome<u8> {
+pub async fn run(context: &Context, command: RepoCommand) -> Outcome<u8> {
     match command {
         RepoCommand::Init(args) => init(context, &args),
         RepoCommand::Open { repo } => super::repo_open::run(context, &repo),
         RepoCommand::Info { repo } => info(context, &repo),
         RepoCommand::Key(command) => key::run(context, command),
+        RepoCommand::Serve(args) => repo_server::serve(args).await,
+        RepoCommand::Token(command) => repo_server::token(context, command),
     }
 }
 

@@ -78,6 +78,10 @@ pub struct RepositoryConfig {
     pub url: String,
     /// The file with its key. With it, a repository that is not encrypted is refused.
     pub key_file: Option<PathBuf>,
+    /// The file with this host's token, for a repository server.
+    pub token_file: Option<PathBuf>,
+    /// The file with the certificates that a repository server's is checked against.
+    pub ca_file: Option<PathBuf>,
 }
 
 /// A VM under a name: a running QEMU's sockets, or a powered-off VM's images.

@@ -85,7 +85,7 @@ async fn listen(supervisor: &Arc<Supervisor>) -> Outcome<()> {
         return Err(Failure::usage(tried, "nobody could come in: there is no token")
             .next("add [api.tokens.NAME] with a role and a file"));
     }
-    let tls = api::listen::tls(tls)?;
+    let tls = crate::tls::acceptor(&tls.certificate, &tls.key)?;
     let tcp = TcpListener::bind(&address).await.map_err(|e| Failure::failed(&tried, e))?;
     tracing::info!(address, "listening");
     tokio::spawn(api::listen::serve_tcp(tcp, tls, router));

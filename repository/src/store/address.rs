@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::ahead::ReadAhead;
 use super::probe::probe_directory;
+use super::served::{BadServerAddress, ServedStore, ServerAddress};
 use super::sftp::{self, BadSftpAddress, SftpAddress, Ssh};
 use super::{Access, DirectoryStore, Found, S3Address, S3Store, Store, StoreError, Unfit, s3};
 
@@ -21,6 +22,8 @@ pub enum Address {
     S3(S3Address),
     /// A directory of an SFTP server, over the system's ssh.
     Sftp(SftpAddress),
+    /// A repository of an Icecore repository server.
+    Server(ServerAddress),
 }
 
 /// A text that is no address.
@@ -38,6 +41,9 @@ pub enum BadAddress {
     /// An SFTP server's address that cannot be used.
     #[error(transparent)]
     Sftp(#[from] BadSftpAddress),
+    /// A repository server's address that cannot be used.
+    #[error(transparent)]
+    Server(#[from] BadServerAddress),
 }
 
 impl FromStr for Address {
@@ -49,6 +55,7 @@ impl FromStr for Address {
             None => Ok(Self::Directory(PathBuf::from(text))),
             Some(("s3", place)) => S3Address::parse(place).map(Self::S3).map_err(BadAddress::Place),
             Some(("sftp", rest)) => Ok(Self::Sftp(rest.parse()?)),
+            Some(("https" | "http", _)) => Ok(Self::Server(text.parse()?)),
             Some((scheme, _)) => Err(BadAddress::Scheme(scheme.to_owned())),
         }
     }
@@ -60,6 +67,7 @@ impl fmt::Display for Address {
             Self::Directory(path) => path.display().fmt(f),
             Self::S3(place) => place.fmt(f),
             Self::Sftp(address) => address.fmt(f),
+            Self::Server(address) => address.fmt(f),
         }
     }
 }
@@ -72,8 +80,21 @@ impl Address {
     pub fn absolute(self) -> io::Result<Self> {
         Ok(match self {
             Self::Directory(path) => Self::Directory(std::path::absolute(path)?),
-            Self::S3(_) | Self::Sftp(_) => self,
+            Self::S3(_) | Self::Sftp(_) | Self::Server(_) => self,
         })
+    }
+
+    /// The same place, with the files that a repository server takes where they are named.
+    #[must_use]
+    pub fn with_files(self, token_file: Option<PathBuf>, ca_file: Option<PathBuf>) -> Self {
+        match self {
+            Self::Server(mut address) => {
+                address.token_file = token_file.or(address.token_file);
+                address.ca_file = ca_file.or(address.ca_file);
+                Self::Server(address)
+            }
+            other => other,
+        }
     }
 
     /// The store at this address; it must be there.
@@ -91,6 +112,9 @@ impl Address {
                 let store = sftp::open(Ssh::from_environment(), address, access)?;
                 Arc::new(ReadAhead::new(Arc::new(store)))
             }
+            Self::Server(address) => {
+                Arc::new(ReadAhead::new(Arc::new(ServedStore::open(address, access)?)))
+            }
         })
     }
 
@@ -102,7 +126,7 @@ impl Address {
         match self {
             Self::Directory(path) => probe_directory(path).map(Some),
             // What it knows of conditions is tried when the first object is created.
-            Self::S3(_) => Ok(None),
+            Self::S3(_) | Self::Sftp(_) | Self::Server(_) => Ok(None),
         }
     }
 
@@ -118,6 +142,7 @@ impl Address {
                 Arc::new(S3Store::create(place, settings)?)
             }
             Self::Sftp(address) => Arc::new(sftp::create(Ssh::from_environment(), address)?),
+            Self::Server(address) => Arc::new(ServedStore::create(address)?),
         })
     }
 }
@@ -131,8 +156,9 @@ mod tests {
         assert_eq!("/a/b".parse::<Address>().unwrap().to_string(), "/a/b");
         assert_eq!("s3://bkt/a/b/".parse::<Address>().unwrap().to_string(), "s3://bkt/a/b");
         assert!(matches!("s3://bkt/../b".parse::<Address>(), Err(BadAddress::Place(_))));
-        let sftp = "sftp://me@host:22/a";
-        assert_eq!(sftp.parse::<Address>().unwrap().to_string(), sftp);
+        for text in ["sftp://me@host:22/a", "https://host:8443/main"] {
+            assert_eq!(text.parse::<Address>().unwrap().to_string(), text);
+        }
         assert_eq!("".parse::<Address>(), Err(BadAddress::Empty));
         assert_eq!("gopher://x".parse::<Address>(), Err(BadAddress::Scheme("gopher".into())));
     }

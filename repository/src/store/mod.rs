@@ -22,6 +22,7 @@ mod memory;
 mod probe;
 pub mod retry;
 mod s3;
+pub mod served;
 pub mod sftp;
 mod sim;
 mod traffic;

@@ -32,6 +32,7 @@ use serde::de::DeserializeOwned;
 pub use announce::{Announcement, Generation, HEARTBEAT_PERIOD, WriterRecord};
 pub(crate) use fate::Wish;
 pub use life::Life;
+pub(crate) use reserve::RESERVE_OBJECTS;
 pub use services::{ServiceRecord, ServiceState};
 pub use standing::{PointStanding, Standing};
 pub use watch::Watch;
@@ -45,13 +46,13 @@ use crate::store::{ObjectName, Store};
 /// Everything of this module; not under an object lock.
 pub(crate) const COORDINATION: &str = "coordination/";
 pub(crate) const WRITERS: &str = "coordination/writers/";
-const BEATS: &str = "coordination/beats/";
-const GENERATIONS: &str = "coordination/generations/";
-const REVOKED: &str = "coordination/revoked/";
-const FATES: &str = "coordination/fates/";
-const QUARANTINE: &str = "coordination/damaged/";
-const RESERVE: &str = "coordination/reserve/";
-const SERVICES: &str = "coordination/services/";
+pub(crate) const BEATS: &str = "coordination/beats/";
+pub(crate) const GENERATIONS: &str = "coordination/generations/";
+pub(crate) const REVOKED: &str = "coordination/revoked/";
+pub(crate) const FATES: &str = "coordination/fates/";
+pub(crate) const QUARANTINE: &str = "coordination/damaged/";
+pub(crate) const RESERVE: &str = "coordination/reserve/";
+pub(crate) const SERVICES: &str = "coordination/services/";
 
 /// A record here is a few ids; more is damage.
 const RECORD_BYTES_MAX: u64 = 1 << 20;

@@ -5,7 +5,7 @@ use crate::error::{Damage, DamageKind, Error, Result};
 use crate::store::{ObjectName, StoreErrorKind};
 
 /// Several objects, since a full disk may lack inodes rather than bytes.
-const RESERVE_OBJECTS: u32 = 4;
+pub(crate) const RESERVE_OBJECTS: u32 = 4;
 /// Enough for the records of one gc on file systems that round up to large blocks.
 const RESERVE_OBJECT_BYTES: usize = 64 << 10;
 

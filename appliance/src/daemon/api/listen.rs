@@ -11,15 +11,12 @@ use hyper::server::conn::http1;
 use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 
 use super::Origin;
-use crate::config::TlsConfig;
 use crate::daemon::access::Peer;
 use crate::daemon::supervisor::Supervisor;
 use crate::failure::{Failure, Outcome};
@@ -105,21 +102,6 @@ pub async fn serve_tcp(listener: TcpListener, tls: TlsAcceptor, router: Router) 
             Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
         }
     }
-}
-
-/// Certificate and key, with one provider of cryptography.
-pub fn tls(config: &TlsConfig) -> Outcome<TlsAcceptor> {
-    let tried = format!("read the certificate {}", config.certificate.display());
-    let usage = |e: &dyn std::fmt::Display| Failure::usage(&tried, e);
-    let chain = CertificateDer::pem_file_iter(&config.certificate).map_err(|e| usage(&e))?;
-    let chain = chain.collect::<Result<Vec<_>, _>>().map_err(|e| usage(&e))?;
-    let key = PrivateKeyDer::from_pem_file(&config.key)
-        .map_err(|e| Failure::usage(format!("read the key {}", config.key.display()), e))?;
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let server = rustls::ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .and_then(|builder| builder.with_no_client_auth().with_single_cert(chain, key));
-    Ok(TlsAcceptor::from(Arc::new(server.map_err(|e| usage(&e))?)))
 }
 
 async fn converse<S>(stream: S, origin: Origin, router: Router)

@@ -25,11 +25,19 @@ const LISTING_AHEAD: usize = 4;
 /// Less free space than this and a write that failed without a reason failed for want of it.
 const FULL_BYTES: u64 = 4 << 20;
 
+/// Extensions that it takes to create objects, and what would be without them.
+const NEEDED: [(&str, &str); 2] = [
+    (wire::HARD_LINK, "objects could not be created without the risk of replacing others"),
+    (wire::SYNC, "nothing could be made durable"),
+];
+
 /// A server, its process of ssh, and the files that are open on it.
 #[derive(Debug)]
 pub(super) struct Connection {
     session: Arc<Session>,
     tunnel: Tunnel,
+    /// The extension that it takes to create objects and that the server has not, if any.
+    missing: Option<(&'static str, &'static str)>,
     tells_space: bool,
     read_bytes: u32,
     write_bytes: u32,
@@ -51,24 +59,10 @@ impl Drop for OpenFile {
 }
 
 impl Connection {
-    /// Connects; a server on which objects could not be created safely is refused.
+    /// Connects. A server on which objects could not be created safely is good for reading.
     pub(super) fn open(ssh: &Ssh, address: &SftpAddress) -> io::Result<Self> {
         let (tunnel, session, hello) = ssh.connect(address)?;
-        let needed = [
-            (
-                wire::HARD_LINK,
-                "objects could not be created without the risk of \
-                       replacing others",
-            ),
-            (wire::SYNC, "nothing could be made durable"),
-        ];
-        for (extension, consequence) in needed {
-            if !hello.has(extension, "1") {
-                let why =
-                    format!("the server has no {extension}, so {consequence}; OpenSSH has it");
-                return Err(io::Error::new(io::ErrorKind::Unsupported, why));
-            }
-        }
+        let missing = NEEDED.into_iter().find(|(extension, _)| !hello.has(extension, "1"));
         let (mut read_bytes, mut write_bytes) = (wire::DATA_BYTES, wire::DATA_BYTES);
         if hello.has(wire::LIMITS, "1")
             && let Reply::Extended(answer) = session.ask(&Request::Limits)?
@@ -77,7 +71,14 @@ impl Connection {
         }
         let tells_space = hello.has(wire::STAT_FS, "2");
         let (session, kept) = (Arc::new(session), Mutex::default());
-        Ok(Self { session, tunnel, tells_space, read_bytes, write_bytes, kept })
+        Ok(Self { session, tunnel, missing, tells_space, read_bytes, write_bytes, kept })
+    }
+
+    /// Refuses a server on which objects could not be created safely.
+    pub(super) fn must_take_objects(&self) -> io::Result<()> {
+        let Some((extension, consequence)) = self.missing else { return Ok(()) };
+        let why = format!("the server has no {extension}, so {consequence}; OpenSSH has it");
+        Err(io::Error::new(io::ErrorKind::Unsupported, why))
     }
 
     pub(super) fn has_ended(&self) -> bool {
@@ -329,6 +330,7 @@ pub(super) struct NewFile {
 impl NewFile {
     /// Creates a file that must not be there.
     pub(super) fn create(connection: Arc<Connection>, path: String, mode: u32) -> io::Result<Self> {
+        connection.must_take_objects()?;
         let file = connection.open_file(&path, OpenFor::Creating { mode })?;
         let (unsent, pending) = Default::default();
         Ok(Self { connection, path, file, sent: 0, unsent, pending })

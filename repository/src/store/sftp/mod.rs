@@ -45,6 +45,8 @@ pub fn open(ssh: Ssh, address: &SftpAddress, access: Access) -> Result<Directory
 /// As [`open`].
 pub fn create(ssh: Ssh, address: &SftpAddress) -> Result<DirectoryStore, StoreError> {
     let fs = SftpFileSystem::new(ssh, address.clone());
+    // Before anything is made on it.
+    fs.once(Connection::must_take_objects).map_err(|error| failed("create", address, error))?;
     let made = match fs.make_directory("") {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => fs.must_be_directory(),
         Err(error) => Err(error),

@@ -345,7 +345,10 @@ mod tests {
         let kind = |said| StoreError::from_io("open", "x", "y", explain(said)).kind();
         assert_eq!(kind("Host key verification failed."), StoreErrorKind::Credentials);
         assert_eq!(kind("u@h: Permission denied (publickey)."), StoreErrorKind::Credentials);
-        assert_eq!(kind("connect to host h port 22: Connection refused"), StoreErrorKind::Unreachable);
+        assert_eq!(
+            kind("connect to host h port 22: Connection refused"),
+            StoreErrorKind::Unreachable
+        );
         let complaint = Complaint::default();
         let long = "x".repeat(COMPLAINT_BYTES_MAX);
         complaint.read(format!("{long}\nfirst\nlast\n").as_bytes());
