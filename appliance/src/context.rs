@@ -98,8 +98,9 @@ impl Context {
         let files = known.map(|known| (known.token_file.clone(), known.ca_file.clone()));
         let (token_file, ca_file) = files.unwrap_or_default();
         address.map(|address| address.with_files(token_file, ca_file)).map_err(|e| {
-            Failure::usage(format!("open the repository {url:?}"), e)
-                .next("name a directory (NFS mounts are directories, too) or s3://BUCKET/PREFIX")
+            Failure::usage(format!("open the repository {url:?}"), e).next(
+                "name a directory, s3://BUCKET/PREFIX, sftp://USER@HOST/PATH or https://HOST/NAME",
+            )
         })
     }
 

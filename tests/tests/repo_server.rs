@@ -11,7 +11,7 @@ fn hosts_add_to_a_repository_server_and_only_its_keeper_deletes() -> Result<()> 
     let server = RepoServer::start(&icecore_binary()?)?;
     let one = server.user("one", "append", "main")?;
     let two = server.user("two", "append", "main")?;
-    let admin = server.user("admin", "administer", "*")?;
+    let admin = server.user("admin", "administer", "main")?;
     let reader = server.user("reader", "read", "main")?;
     one.init_repository()?;
     let (vm_one, vm_two) = (VmSpec::start_noisy("one")?, VmSpec::start_noisy("two")?);

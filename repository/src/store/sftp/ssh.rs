@@ -9,6 +9,7 @@ use std::io::{self, BufRead as _, BufReader, Read};
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use std::os::unix::process::CommandExt as _;
@@ -186,11 +187,12 @@ impl Ssh {
         let start = |error| io::Error::other(format!("{} cannot be started: {error}", self.0[0]));
         let mut child = self.command(address).spawn().map_err(start)?;
         let pipes = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-        let tunnel = Tunnel { child: Mutex::new(child), complaint: Complaint::default() };
         let (Some(stdin), Some(stdout), Some(stderr)) = pipes else {
             return Err(io::Error::other("ssh has no pipes"));
         };
-        tunnel.complaint.collect(stderr)?;
+        let complaint = Complaint::default();
+        let listener = complaint.collect(stderr)?;
+        let tunnel = Tunnel { child: Mutex::new(child), complaint, listener };
         match Session::start(stdout, stdin) {
             Ok((session, hello)) => Ok((tunnel, session, hello)),
             Err(error) => Err(tunnel.why(&error)),
@@ -203,6 +205,7 @@ impl Ssh {
 pub(super) struct Tunnel {
     child: Mutex<Child>,
     complaint: Complaint,
+    listener: JoinHandle<()>,
 }
 
 impl Tunnel {
@@ -216,7 +219,11 @@ impl Tunnel {
     fn wait_for_end(&self) {
         let until = Instant::now() + END_WAIT;
         let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
-        while matches!(child.try_wait(), Ok(None)) && Instant::now() < until {
+        // Not for ever: a connection that ssh shares may live on with its standard error.
+        let is_over = |child: &mut Child| {
+            !matches!(child.try_wait(), Ok(None)) && self.listener.is_finished()
+        };
+        while !is_over(&mut child) && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
@@ -237,10 +244,10 @@ struct Complaint(Arc<Mutex<String>>);
 
 impl Complaint {
     /// Reads on beside everything else, so that ssh never waits for it.
-    fn collect(&self, stderr: ChildStderr) -> io::Result<()> {
+    fn collect(&self, stderr: ChildStderr) -> io::Result<JoinHandle<()>> {
         let kept = self.clone();
         let read = move || kept.read(stderr);
-        std::thread::Builder::new().name("icecore-ssh".into()).spawn(read).map(drop)
+        std::thread::Builder::new().name("icecore-ssh".into()).spawn(read)
     }
 
     fn read(&self, stderr: impl Read) {
@@ -250,7 +257,8 @@ impl Complaint {
         while let Ok(1..) = (&mut lines).take(limit).read_until(b'\n', &mut line) {
             let text: String = String::from_utf8_lossy(&line).trim().escape_debug().collect();
             line.clear();
-            if text.is_empty() {
+            // Frames of warnings say nothing.
+            if text.is_empty() || text.starts_with('@') {
                 continue;
             }
             tracing::debug!("ssh: {text}");
