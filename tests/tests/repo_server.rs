@@ -4,7 +4,14 @@
 use std::process::Command;
 use std::time::Duration;
 
-use icecore_tests::{RepoServer, Result, VmSpec, icecore_binary, require_mode, run, wait_until};
+use icecore_tests::{acceptance, RepoServer, Result, VmSpec, icecore_binary, require_mode, run, wait_until};
+
+#[test]
+fn a_repository_server_is_accepted() -> Result<()> {
+    let server = RepoServer::start(&icecore_binary()?)?;
+    let keeper = server.add_token("keeper", "administer", "accepted")?;
+    acceptance(&server.site("accepted", &keeper))
+}
 
 #[test]
 fn hosts_add_to_a_repository_server_and_only_its_keeper_deletes() -> Result<()> {

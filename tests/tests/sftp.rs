@@ -3,7 +3,12 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use icecore_tests::{Icecore, Result, SshServer, VmSpec, run};
+use icecore_tests::{Icecore, Result, SshServer, VmSpec, acceptance, run};
+
+#[test]
+fn an_sftp_server_is_accepted() -> Result<()> {
+    acceptance(&SshServer::start()?.site("accepted"))
+}
 
 #[test]
 fn a_repository_lives_on_an_sftp_server() -> Result<()> {
