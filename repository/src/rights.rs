@@ -3,7 +3,8 @@
 //!
 //! A host that backs up must be able to add, and must not be able to destroy: whoever takes it over
 //! gets its token. So a host creates what a new point is made of and takes back its own announcement
-//! and heartbeats, and nothing else is ever removed or decided with its token.
+//! and heartbeats (and the words of daemons that they are there, by which nothing is decided), and
+//! nothing else is ever removed or decided with its token.
 //! - Fates (deletion and protection) end or keep points; fences and verdicts disown a writer's
 //!   points; a new generation belongs to a gc. All of them are for administrators, whatever they say:
 //!   a rule by name cannot be talked out of it by content.
@@ -17,7 +18,7 @@ use crate::ids::{PackId, PointId, RunId, WriterId};
 use crate::names;
 use crate::store::ObjectName;
 use crate::writers::{
-    BEATS, FATES, GENERATIONS, QUARANTINE, RESERVE, RESERVE_OBJECTS, REVOKED, WRITERS,
+    BEATS, FATES, GENERATIONS, QUARANTINE, RESERVE, RESERVE_OBJECTS, REVOKED, SERVICES, WRITERS,
 };
 
 /// What a client of a repository server may do.
@@ -71,6 +72,8 @@ pub enum Purpose {
     DamageMark,
     /// Space set aside for deletions.
     Reserve,
+    /// A daemon says that it is there; nothing is decided by it.
+    Presence,
     /// Deletion and protection of points, generations of gc, fences and verdicts.
     Decision,
     /// No object of a repository.
@@ -127,6 +130,9 @@ fn known(name: &str) -> Option<Purpose> {
     if let Some(number) = is_in(RESERVE) {
         return (number.parse::<u32>().ok()? < RESERVE_OBJECTS).then_some(Purpose::Reserve);
     }
+    if let Some(beat) = is_in(SERVICES) {
+        return (!beat.contains('/')).then_some(Purpose::Presence);
+    }
     let decisions = [FATES, GENERATIONS, REVOKED];
     decisions.iter().any(|prefix| name.starts_with(prefix)).then_some(Purpose::Decision)
 }
@@ -154,6 +160,7 @@ pub fn may(right: Right, act: Act, purpose: &Purpose, owner: Owner) -> Result<()
 
 fn may_append(purpose: &Purpose, owner: Owner) -> Result<(), Refusal> {
     match purpose {
+        Purpose::Presence => Ok(()),
         Purpose::Config | Purpose::Key | Purpose::Data | Purpose::DamageMark | Purpose::Reserve => {
             Ok(())
         }
@@ -171,6 +178,7 @@ fn may_append(purpose: &Purpose, owner: Owner) -> Result<(), Refusal> {
 
 fn may_take_back(purpose: &Purpose, owner: Owner) -> Result<(), Refusal> {
     match purpose {
+        Purpose::Presence => Ok(()),
         Purpose::Announcement(_) | Purpose::Heartbeat(_) if owner == Owner::Own => Ok(()),
         Purpose::Announcement(_) | Purpose::Heartbeat(_) => {
             Err("that writer was announced with another token")
@@ -216,6 +224,7 @@ mod tests {
             (&format!("coordination/damaged/{HEX}"), YES, NO),
             ("coordination/reserve/3", YES, NO),
             ("coordination/reserve/4", NO, NO),
+            ("coordination/services/0123456789abcdef.00000001.00000002", YES, YES),
             ("coordination/generations/00000000000000000001", NO, NO),
             (&format!("coordination/revoked/{WRITER}.fence"), NO, NO),
             (&format!("coordination/revoked/{WRITER}.verdict"), NO, NO),
@@ -241,17 +250,21 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the name: what a host's token can remove is its own writer's life, nothing else.
+        /// Whatever the name: what a host's token can remove is its own writer's life and the words
+        /// of daemons, nothing else.
         #[test]
         fn a_host_removes_nothing_but_its_own_announcement(
             name in "[a-z0-9._/-]{1,60}",
-            folder in "(coordination/(writers|beats|fates|revoked|damaged|generations|reserve)/|\
+            folder in "(coordination/(writers|beats|fates|revoked|damaged|generations|reserve|services)/|\
                        packs/ab/|runs/ab/|points/|receipts/|keys/|)",
             owner in prop_oneof![Just(Owner::Own), Just(Owner::Other), Just(Owner::Nobody)],
         ) {
             let Ok(name) = ObjectName::new(format!("{folder}{name}")) else { return Ok(()) };
             let purpose = Purpose::of(&name);
             if may(Right::Append, Act::Delete, &purpose, owner).is_ok() {
+                if purpose == Purpose::Presence {
+                    return Ok(());
+                }
                 prop_assert_eq!(owner, Owner::Own);
                 let text = name.as_str();
                 prop_assert!(text.starts_with(WRITERS) || text.starts_with(BEATS), "{}", text);

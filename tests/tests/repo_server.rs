@@ -4,7 +4,9 @@
 use std::process::Command;
 use std::time::Duration;
 
-use icecore_tests::{acceptance, RepoServer, Result, VmSpec, icecore_binary, require_mode, run, wait_until};
+use icecore_tests::{
+    RepoServer, Result, VmSpec, acceptance, icecore_binary, require_mode, run, wait_until,
+};
 
 #[test]
 fn a_repository_server_is_accepted() -> Result<()> {
