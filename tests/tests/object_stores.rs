@@ -1,9 +1,43 @@
 //! Repositories in object stores: real servers, and what networks and servers do to requests.
 
-use icecore_tests::{Icecore, ObjectServer, ObjectStore, Result, SECRET_KEY, acceptance};
+use icecore_tests::{
+    Disk, FaultProxy, Icecore, MIB, Mischief, ObjectServer, ObjectStore, Result, Rule, SECRET_KEY,
+    TestVm, VmSpec, acceptance,
+};
 
 /// A repository that nothing of is there before.
 const PLACE: &str = "s3://laboratory/site/one";
+
+/// More than one part of an upload, however it is packed.
+const LARGE_BYTES: u64 = 20 * MIB;
+
+/// Bytes that do not compress and that no other seed gives.
+fn noise(seed: u64, bytes: u64) -> Vec<u8> {
+    let mut word = seed;
+    let step = || {
+        word = word.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+        (word ^ (word >> 29)).to_le_bytes()
+    };
+    std::iter::repeat_with(step).take(bytes as usize / 8).flatten().collect()
+}
+
+/// Two small disks, one of them with data.
+fn vm() -> Result<TestVm> {
+    let vm = VmSpec::new("remote")
+        .no_guest()
+        .disk(Disk::new("large", 64 * MIB))
+        .disk(Disk::new("small", 16 * MIB))
+        .start()?;
+    vm.fill("small", 8, MIB, MIB)?;
+    Ok(vm)
+}
+
+/// Fills the beginning of the large disk with something new.
+fn renew(vm: &TestVm, seed: u64) -> Result<()> {
+    let file = vm.dir().join("noise");
+    std::fs::write(&file, noise(seed, LARGE_BYTES))?;
+    vm.qemu_io("large", &format!("write -s {} 0 {LARGE_BYTES}", file.display())).map(drop)
+}
 
 fn accepted_at(server: ObjectServer) -> Result<()> {
     let Some(store) = ObjectStore::start(server)? else { return Ok(()) };
@@ -44,4 +78,72 @@ fn a_wrong_secret_is_said_and_never_shown() -> Result<()> {
     assert!(elsewhere.stderr.contains("no Icecore repository"), "{elsewhere:?}");
     icecore.command("repo").args(["init", PLACE]).expect(3)?;
     Ok(())
+}
+
+fn rule(method: &'static str, contains: &'static str, times: usize, mischief: Mischief) -> Rule {
+    Rule { method, contains, after: 0, times, mischief }
+}
+
+/// What a run outlasts.
+fn troubles() -> Vec<Rule> {
+    vec![
+        rule("PUT", "/packs/", 2, Mischief::Refuse(500, "InternalError")),
+        rule("PUT", "/runs/", 2, Mischief::Refuse(503, "SlowDown")),
+        rule("PUT", "/packs/", 1, Mischief::Reset),
+        rule("PUT", "/points/", 1, Mischief::LoseReply),
+        rule("PUT", "/receipts/", 1, Mischief::LoseReply),
+        rule("PUT", "/coordination/", 1, Mischief::LoseReply),
+        rule("POST", "?uploads", 1, Mischief::LoseReply),
+        rule("POST", "?uploadId", 1, Mischief::LoseReply),
+        rule("POST", "?uploadId", 1, Mischief::RefuseKindly("InternalError")),
+        rule("GET", "/packs/", 2, Mischief::Truncate),
+        rule("GET", "list-type", 2, Mischief::Truncate),
+        rule("PUT", "/points/", 1, Mischief::WrongTag),
+        rule("PUT", "/packs/", 1, Mischief::Refuse(400, "ExpiredToken")),
+        rule("HEAD", "/packs/", 1, Mischief::Refuse(403, "RequestTimeTooSkewed")),
+        rule("DELETE", "/coordination/", 1, Mischief::LoseReply),
+    ]
+}
+
+fn troubles_at(server: ObjectServer) -> Result<()> {
+    let Some(store) = ObjectStore::start(server)? else { return Ok(()) };
+    let proxy = FaultProxy::start(store.port())?;
+    let icecore = Icecore::at(&proxy.site(PLACE))?;
+    let vm = vm()?;
+    for (round, rule) in troubles().into_iter().enumerate() {
+        renew(&vm, round as u64)?;
+        proxy.play(vec![rule.clone()]);
+        icecore.prove_next_point(&vm)?;
+        assert!(proxy.hits() > 0, "{rule:?} met nothing");
+    }
+    proxy.play(Vec::new());
+    let points =
+        icecore.on_repository("check").arg("--read-data").json()?["points_checked"].clone();
+    // What does not end is told, and nothing is committed.
+    let endless = [
+        rule("PUT", "/points/", 1000, Mischief::Refuse(403, "AccessDenied")),
+        rule("PUT", "/packs/", 1000, Mischief::Refuse(400, "ExpiredToken")),
+    ];
+    for rule in endless {
+        vm.fill("small", 3, 2 * MIB, MIB)?;
+        proxy.play(vec![rule]);
+        let failed = icecore.backup(&vm).expect(1)?;
+        assert!(failed.stderr.contains("check the keys"), "{failed:?}");
+        assert!(proxy.hits() < 10, "it asked {} times", proxy.hits());
+        proxy.play(Vec::new());
+        vm.require_no_trace()?;
+        let checked = icecore.check()?;
+        assert_eq!(checked["points_checked"], points, "{checked}");
+    }
+    icecore.prove_next_point(&vm).map(drop)
+}
+
+#[test]
+fn troubles_at_a_server_that_overwrites_are_outlasted() -> Result<()> {
+    troubles_at(ObjectServer::Rclone)
+}
+
+#[test]
+fn troubles_at_a_server_with_conditions_are_outlasted() -> Result<()> {
+    troubles_at(ObjectServer::Moto)
 }
