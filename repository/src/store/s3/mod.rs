@@ -10,14 +10,14 @@
 mod address;
 mod answer;
 mod client;
+mod create;
 mod credentials;
 mod lock;
 mod settings;
 mod sign;
 mod upload;
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Mutex};
 
 use md5::{Digest, Md5};
 
@@ -26,9 +26,9 @@ pub use settings::S3Settings;
 
 use self::answer::Upload;
 use self::client::{Client, Failed, Request, Trouble};
-use self::lock::{Contest, Turn};
+use self::create::Creation;
 use self::upload::{S3Writer, Turns};
-use super::http::{Answer, Silence};
+use super::http::Silence;
 use super::traffic::Charge;
 use super::{
     Access, ObjectEntry, ObjectName, ObjectWriter, Store, StoreError, StoreErrorKind, Traffic,
@@ -40,8 +40,6 @@ const ANSWER_BYTES_MAX: u64 = 16 << 20;
 const BATCH_MAX: usize = 1000;
 /// So few names are deleted one by one, in their order.
 const SINGLY_MAX: usize = 4;
-/// Up to this size an object's tag is compared with what was sent: coordination and manifests.
-const TAG_BYTES_MAX: usize = 256 << 10;
 /// Where what is no object lies.
 const OWN: &str = ".icecore/";
 
@@ -49,15 +47,6 @@ const OWN: &str = ".icecore/";
 #[derive(Debug)]
 pub struct S3Store {
     shared: Arc<Shared>,
-}
-
-/// How a name is created only once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Creation {
-    /// The server refuses to overwrite when it is asked to.
-    Conditional,
-    /// It overwrites.
-    Locked,
 }
 
 #[derive(Debug)]
@@ -160,242 +149,12 @@ impl Shared {
         }
     }
 
-    /// How this server lets a name be created once. Asked of it once, by trying.
-    fn creation(&self) -> Result<Creation, StoreError> {
-        let mut known = self.creation.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(creation) = *known {
-            return Ok(creation);
-        }
-        let creation = self.try_creation().map_err(|f| self.failed("create", "a trial", &f))?;
-        if creation == Creation::Locked {
-            tracing::info!(
-                store = %self.location,
-                "this server overwrites objects even if it is asked not to: names are locked instead"
-            );
-        }
-        Ok(*known.insert(creation))
-    }
-
-    /// A server that knows conditions refuses the second of two; the trial object stays, so that it
-    /// is one request mostly.
-    fn try_creation(&self) -> Result<Creation, Failed> {
-        let key = self.key(&format!("{OWN}conditional-put"));
-        for _ in 0..2 {
-            match self.put_key(&key, b"", true) {
-                Ok(_) => {}
-                Err(failed) if failed.has_status(412) => return Ok(Creation::Conditional),
-                Err(failed) if failed.has_status(501) || failed.has_code("NotImplemented") => {
-                    return Ok(Creation::Locked);
-                }
-                Err(failed) => return Err(failed),
-            }
-        }
-        Ok(Creation::Locked)
-    }
-
-    /// Puts a whole object; returns its tag, if the server gave one.
-    fn put_key(
-        &self,
-        key: &str,
-        bytes: &[u8],
-        only_if_new: bool,
-    ) -> Result<Option<String>, Failed> {
-        let headers =
-            if only_if_new { vec![("if-none-match", "*".to_owned())] } else { Vec::new() };
-        let request = Request {
-            method: "PUT",
-            key: key.to_owned(),
-            headers,
-            body: Some(bytes),
-            ..Request::default()
-        };
-        self.client.call(Charge::Write, &request, |good| Ok(tag(&good)))
-    }
-
-    /// Creates an object in one request.
-    fn create_small(&self, name: &ObjectName, bytes: &[u8]) -> Result<(), StoreError> {
-        let key = self.key(name.as_str());
-        let put = match self.creation()? {
-            Creation::Conditional => self.put_key(&key, bytes, true),
-            Creation::Locked => self.locked(name, || self.put_key(&key, bytes, false))?,
-        };
-        match put {
-            Ok(tag) => self.check_tag(name, bytes, tag.as_deref()),
-            // The answer to an earlier try was lost, and it is our own that is there.
-            Err(failed) if failed.has_status(412) && failed.tries > 1 => {
-                if self.holds(name, bytes)? { Ok(()) } else { Err(self.taken(name)) }
-            }
-            Err(failed) if failed.has_status(412) => Err(self.taken(name)),
-            Err(failed) => Err(self.failed("create", name.as_str(), &failed)),
-        }
-    }
-
-    fn taken(&self, name: &ObjectName) -> StoreError {
-        let kind = StoreErrorKind::AlreadyExists;
-        self.error(kind, "create", name.as_str(), "there is an object of that name")
-    }
-
-    /// The server has checked the sum of what it got; its tag tells whether it kept the same. A tag
-    /// of another kind (of some ways of encryption) says nothing, so what is there is read.
-    fn check_tag(
-        &self,
-        name: &ObjectName,
-        bytes: &[u8],
-        tag: Option<&str>,
-    ) -> Result<(), StoreError> {
-        let Some(tag) = tag.filter(|_| bytes.len() <= TAG_BYTES_MAX) else { return Ok(()) };
-        let sum = Md5::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-        if tag.trim_matches('"').eq_ignore_ascii_case(&sum) || self.holds(name, bytes)? {
-            return Ok(());
-        }
-        let why = "what the server kept is not what was sent";
-        Err(self.error(StoreErrorKind::Server, "create", name.as_str(), why))
-    }
-
-    /// Whether an object has just this content.
-    fn holds(&self, name: &ObjectName, bytes: &[u8]) -> Result<bool, StoreError> {
-        match self.get_all(name, bytes.len() as u64) {
-            Ok(content) => Ok(content == bytes),
-            Err(error) if error.kind() == StoreErrorKind::Corrupt || error.is_not_found() => {
-                Ok(false)
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Does something to a free name under its lock, see [`lock`].
-    fn locked<T>(
-        &self,
-        name: &ObjectName,
-        operation: impl Fn() -> Result<T, Failed>,
-    ) -> Result<Result<T, Failed>, StoreError> {
-        let begun = Instant::now();
-        let mut contest = Contest::default();
-        let locks = self.key(&format!("{OWN}locks/{name}/"));
-        while begun.elapsed() < lock::WAIT_MAX {
-            if self.length(name)?.is_some() {
-                return Err(self.taken(name));
-            }
-            let own = format!("{locks}{:016x}", u64::from_le_bytes(self.random()?));
-            let held_since = Instant::now();
-            let failed = |failed| self.failed("lock", name.as_str(), &failed);
-            self.put_key(&own, b"", false).map_err(failed)?;
-            let listed = self.keys(&locks).map_err(failed)?;
-            let seen: Vec<String> = listed.into_iter().map(|(key, _)| key).collect();
-            match contest.look(&own, &seen, begun.elapsed()) {
-                Turn::Ours if held_since.elapsed() < lock::LEASE / 2 => {
-                    return self.under_lock(name, &own, held_since, operation);
-                }
-                Turn::Ours => self.delete_key(&own).map_err(failed)?,
-                Turn::Theirs { dead } => {
-                    for lock in dead.iter().chain([&own]) {
-                        self.delete_key(lock).map_err(failed)?;
-                    }
-                }
-            }
-            std::thread::sleep(contest.pause(u32::from_le_bytes(self.random()?)));
-        }
-        let why = "others kept its lock for minutes";
-        Err(self.error(StoreErrorKind::Server, "create", name.as_str(), why))
-    }
-
-    fn under_lock<T>(
-        &self,
-        name: &ObjectName,
-        own: &str,
-        held_since: Instant,
-        operation: impl Fn() -> Result<T, Failed>,
-    ) -> Result<Result<T, Failed>, StoreError> {
-        let is_free = self.length(name)?.is_none();
-        let done = is_free.then(operation);
-        let is_unknown = matches!(&done, Some(Err(failed)) if failed.may_have_happened());
-        if !is_unknown {
-            // A lock whose request may still be carried out stays until others lose patience.
-            self.delete_key(own).map_err(|failed| self.failed("unlock", name.as_str(), &failed))?;
-        }
-        match done {
-            None => Err(self.taken(name)),
-            Some(_) if held_since.elapsed() > lock::LEASE => {
-                let why = "it took longer than its lock is respected by others";
-                Err(self.error(StoreErrorKind::Server, "create", name.as_str(), why))
-            }
-            Some(done) => Ok(done),
-        }
-    }
-
     fn random<const N: usize>(&self) -> Result<[u8; N], StoreError> {
         let mut bytes = [0; N];
         getrandom::fill(&mut bytes).map_err(|error| {
             StoreError::from_io("lock", "an object", &self.location, std::io::Error::other(error))
         })?;
         Ok(bytes)
-    }
-
-    fn send_part(&self, key: &str, id: &str, index: usize, part: &[u8]) -> Result<String, Failed> {
-        let request = Request {
-            method: "PUT",
-            key: key.to_owned(),
-            query: vec![("partNumber", (index + 1).to_string()), ("uploadId", id.to_owned())],
-            body: Some(part),
-            ..Request::default()
-        };
-        self.client.call(Charge::Write, &request, |good| {
-            tag(&good).ok_or_else(|| Trouble::Nonsense("it gave a part no tag".to_owned()))
-        })
-    }
-
-    /// Makes an object of the parts that were sent.
-    fn complete(
-        &self,
-        name: &ObjectName,
-        id: &str,
-        list: &[u8],
-        bytes: u64,
-    ) -> Result<(), StoreError> {
-        let completed = match self.creation()? {
-            Creation::Locked => self.locked(name, || self.complete_once(name, id, list, false))?,
-            // Not every server that knows the condition of a PUT knows it here. The names of large
-            // objects are drawn at random, so that nobody creates the same one just now.
-            Creation::Conditional if self.length(name)?.is_some() => return Err(self.taken(name)),
-            Creation::Conditional => self.complete_once(name, id, list, true),
-        };
-        let Err(failed) = completed else { return Ok(()) };
-        let may_be_ours = failed.tries > 1 && (failed.has_status(404) || failed.has_status(412));
-        if may_be_ours && self.length(name)? == Some(bytes) {
-            return Ok(());
-        }
-        if failed.has_status(412) {
-            return Err(self.taken(name));
-        }
-        if failed.has_status(404) {
-            let why = "its unfinished bytes were removed meanwhile, as gc does with those of a \
-                       writer that it takes for dead";
-            return Err(self.error(StoreErrorKind::Server, "create", name.as_str(), why));
-        }
-        Err(self.failed("create", name.as_str(), &failed))
-    }
-
-    fn complete_once(
-        &self,
-        name: &ObjectName,
-        id: &str,
-        list: &[u8],
-        only_if_new: bool,
-    ) -> Result<(), Failed> {
-        let condition = only_if_new.then(|| ("if-none-match", "*".to_owned()));
-        let request = Request {
-            method: "POST",
-            key: self.key(name.as_str()),
-            query: vec![("uploadId", id.to_owned())],
-            headers: condition.into_iter().collect(),
-            body: Some(list),
-        };
-        self.client.call(Charge::Write, &request, |good| {
-            match answer::error_within(&good.body(ANSWER_BYTES_MAX)?) {
-                None => Ok(()),
-                Some(refusal) => Err(Trouble::Refused(refusal)),
-            }
-        })
     }
 
     fn abort(&self, key: &str, id: &str) -> Result<(), Failed> {
@@ -569,10 +328,6 @@ impl Shared {
             }
         }
     }
-}
-
-fn tag(answer: &Answer) -> Option<String> {
-    answer.header("etag").map(str::to_owned)
 }
 
 fn base64(bytes: &[u8]) -> String {
