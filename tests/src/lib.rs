@@ -50,7 +50,7 @@ pub use image::{
 pub use libvirt::{Domain, Libvirt};
 pub use monitor::Monitor;
 pub use mount::{Mounted, check_writer, check_writer_in_images};
-pub use object_store::{ObjectServer, ObjectStore, SECRET_KEY};
+pub use object_store::{ACCESS_KEY, ObjectServer, ObjectStore, SECRET_KEY};
 pub use place::{Scratch, guest_files, workspace_root};
 pub use process::{Background, run, run_within, wait_until};
 pub use proof::{count, of_disk, require_mode, require_rehash, text};

@@ -1,11 +1,11 @@
 //! What the figures are meant to reach: ratios of rows of one run, and what came of them.
 
-use super::guest;
 use super::incremental::name;
 use super::measure::Sample;
 use super::table::{Table, YARDSTICK};
 use super::{DRY, FULL, FULL_BORG, FULL_CONVERT, FULL_RESTIC, FULL_VIRT_LZ4, MAP, MAP_LIBNBD};
 use super::{FULL_THREADS, FULL_URING, MILLION, RESTORE, RESTORE_COPY, RESTORE_UNPROVEN, ROLLBACK};
+use super::{guest, stores};
 
 /// A figure and its bounds. Less is better in all of them.
 struct Goal {
@@ -18,6 +18,7 @@ struct Goal {
 /// The list, with what this run has found. `size` and `data` are the image's, in bytes.
 pub fn verdicts(table: &Table, guests: &guest::Table, size: u64, data: u64) -> Vec<String> {
     let goals = full(table, data).into_iter().chain(later(table, size)).chain(of_guest(guests));
+    let goals = goals.chain(of_stores(table));
     goals.map(|goal| goal.verdict()).collect()
 }
 
@@ -82,6 +83,13 @@ fn of_guest(table: &guest::Table) -> Vec<Goal> {
         goal("guest: share of its writes/s lost, governor on", lost, 0.20, 0.10),
         goal("guest: p99 / p99 without a backup, governor on", p99, 2.0, 2.0),
     ]
+}
+
+/// Of the server's own throughput 80 % has to be left.
+fn of_stores(table: &Table) -> Vec<Goal> {
+    let ratio = |(own, raw)| Some(table.wall(own)? / table.wall(raw)?);
+    let one = |(own, raw)| goal(own, ratio((own, raw)), 1.25, 1.0);
+    stores::ratios().map(one).collect()
 }
 
 const fn goal(what: &'static str, found: Option<f64>, must: f64, aim: f64) -> Goal {

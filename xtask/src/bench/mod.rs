@@ -22,6 +22,7 @@ mod random;
 mod restore;
 mod scale;
 mod server;
+mod stores;
 mod table;
 mod text;
 
@@ -203,6 +204,10 @@ impl Bench {
         }
         if self.wants(scale::rows()) {
             scale::rounds(self, rounds);
+            self.lab.sweep()?;
+        }
+        if self.wants(stores::rows()) {
+            stores::rounds(self, rounds);
             self.lab.sweep()?;
         }
         if self.wants(map::ROWS)
