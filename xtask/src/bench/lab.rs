@@ -31,14 +31,13 @@ pub struct Lab {
 
 impl Lab {
     /// Makes the reference image where it is not there from a run before.
-    pub fn new(size: u64, data: u64, rounds: u32) -> Result<Self> {
+    pub fn new(size: u64, data: u64) -> Result<Self> {
         let base = target().join("bench");
         let dir = base.join("run");
         if dir.exists() {
             std::fs::remove_dir_all(&dir)?;
         }
         std::fs::create_dir_all(&dir)?;
-        require_room(&dir, data.saturating_mul(ROOM_ONCE + ROOM_A_ROUND * u64::from(rounds)))?;
         let name = format!("reference-{}M-{}M", size >> 20, data >> 20);
         let (raw, qcow2) = (base.join(&name).with_extension("raw"), base.join(name + ".qcow2"));
         let icecore = cargo_target().join("release/icecore");
@@ -178,8 +177,11 @@ pub fn require(name: &str) -> Result<()> {
     if has(name) { Ok(()) } else { Err(Failure::new(format!("{name} is not installed"))) }
 }
 
-/// Rows that fail for want of room after half an hour are of no use.
-fn require_room(dir: &Path, needed: u64) -> Result<()> {
+/// Whether all rows have room: those that fail for want of it after half an hour are of no use.
+pub fn require_room(data: u64, rounds: u32) -> Result<()> {
+    let dir = &target();
+    let needed = data.saturating_mul(ROOM_ONCE + ROOM_A_ROUND * u64::from(rounds));
+    std::fs::create_dir_all(dir)?;
     let fs = rustix::fs::statvfs(dir).map_err(|error| Failure::new(error.to_string()))?;
     let free = fs.f_bavail.saturating_sub(fs.f_blocks / 10).saturating_mul(fs.f_frsize);
     if free >= needed {

@@ -145,7 +145,10 @@ impl Options {
             let mut build = cargo(&["build", "--release", "-p", "icecore", "-p", "xtask"]);
             timed("build", || shown(&mut build))?;
         }
-        let lab = Lab::new(self.size, self.data, self.rounds)?;
+        if self.only.is_none() {
+            lab::require_room(self.data, self.rounds)?;
+        }
+        let lab = Lab::new(self.size, self.data)?;
         let mut bench = Bench {
             lab,
             table: Table::default(),
