@@ -18,19 +18,19 @@ const SERVERS: [(ObjectServer, Rows); 2] = [
     (
         ObjectServer::Rclone,
         Rows {
-            put: "store: curl puts the packs to rclone",
-            full: "store: icecore full to rclone",
-            get: "store: curl gets the packs from rclone",
-            restore: "store: icecore restore from rclone to null",
+            put: "s3: curl puts the packs to rclone",
+            full: "s3: icecore full to rclone",
+            get: "s3: curl gets the packs from rclone",
+            restore: "s3: icecore restore from rclone to null",
         },
     ),
     (
         ObjectServer::Ceph,
         Rows {
-            put: "store: curl puts the packs to radosgw",
-            full: "store: icecore full to radosgw",
-            get: "store: curl gets the packs from radosgw",
-            restore: "store: icecore restore from radosgw to null",
+            put: "s3: curl puts the packs to radosgw",
+            full: "s3: icecore full to radosgw",
+            get: "s3: curl gets the packs from radosgw",
+            restore: "s3: icecore restore from radosgw to null",
         },
     ),
 ];
@@ -62,7 +62,7 @@ pub fn ratios() -> impl Iterator<Item = (&'static str, &'static str)> {
 /// Measures all rows, so many times.
 pub fn rounds(bench: &mut Bench, rounds: u32) {
     object_stores::provision();
-    let Some((image, packs)) = bench.prepare("store: packs", packs) else { return };
+    let Some((image, packs)) = bench.prepare("s3: packs", packs) else { return };
     for (server, names) in SERVERS {
         if !bench.wants([names.put, names.full, names.get, names.restore]) {
             continue;
