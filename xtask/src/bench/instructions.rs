@@ -23,6 +23,10 @@ struct Kept {
 
 /// Counts, prints, and compares with what is kept (or keeps it).
 pub fn run(save: bool) -> Result<()> {
+    if !save && !kept_path().exists() {
+        let path = shown_path(&kept_path());
+        return Err(Failure::new(format!("no counts are kept in {path} yet: --save keeps them")));
+    }
     apt::install_missing(&["valgrind"], Source::Configured)?;
     let manifest = workspace_root().join("fuzz/Cargo.toml");
     let mut build = cargo(&["build", "-q", "--release", "--bin", "repeat", "--manifest-path"]);
