@@ -161,9 +161,17 @@ fn of_many_who_create_one_name_one_wins(store: &dyn Store) {
     assert!(content.iter().all(|&byte| byte == content[0]) && content.len() == 100);
 }
 
+fn nothing_is_left_over_in_a_fresh_store(store: &dyn Store) {
+    assert_eq!(store.leftovers().unwrap(), Vec::<String>::new());
+    store.put(&name("small"), b"in one request").unwrap();
+    assert_eq!(store.leftovers().unwrap(), Vec::<String>::new());
+}
+
 /// A store, and the same place opened for reading only.
 fn conforms(fresh: &mut dyn FnMut() -> (Box<dyn Store>, Box<dyn Store>)) {
-    let suite: [fn(&dyn Store); 11] = [
+    let suite: [fn(&dyn Store); 12] = [
+        // First of all: some servers know no uploads before the first one.
+        nothing_is_left_over_in_a_fresh_store,
         an_object_is_read_back_in_ranges,
         reads_beyond_the_end_and_of_large_objects_are_damage,
         a_name_is_created_once,

@@ -318,7 +318,14 @@ impl Shared {
             let request = Request { method: "GET", query, ..Request::default() };
             let page = self.client.call(Charge::List, &request, |good| {
                 answer::uploads(&good.body(ANSWER_BYTES_MAX)?).map_err(Trouble::Nonsense)
-            })?;
+            });
+            let page = match page {
+                // rclone's answer for a bucket into which nothing was uploaded in parts so far.
+                Err(failed) if mark.is_none() && failed.has_code("NoSuchUpload") => {
+                    return Ok(found);
+                }
+                other => other?,
+            };
             found.extend(page.items);
             mark = page.next;
             if mark.is_none() {
