@@ -46,7 +46,7 @@ impl StoreErrorKind {
             }
             Self::Corrupt => "run `icecore check --read-data` and keep the object for analysis",
             Self::Credentials => {
-                "check the keys, what they may do at this place, and this host's clock"
+                "check the keys and certificates, what they may do at this place, and this host's clock"
             }
             Self::Unreachable => "check the server's address, its state and the network between",
             Self::Server => "try again later; if it stays, look at the server's log",

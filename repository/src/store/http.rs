@@ -52,6 +52,8 @@ pub(crate) enum Silence {
     Broken(String),
     /// The request or the set-up is wrong: trying again is useless.
     Impossible(String),
+    /// The server's certificate was refused: nothing was sent.
+    Untrusted(String),
 }
 
 /// An answer, its body not yet read.
@@ -116,6 +118,9 @@ impl From<ureq::Error> for Silence {
         };
         let text = error.to_string();
         match error {
+            ureq::Error::Io(error) if is_of_certificate(&error) => {
+                Self::Untrusted(format!("{error}{}", certificate_hint(&error)))
+            }
             ureq::Error::HostNotFound | ureq::Error::ConnectionFailed => Self::Unreachable(text),
             ureq::Error::Timeout(Connect | Resolve) => Self::Unreachable(text),
             ureq::Error::Io(error) if refused(&error) => Self::Unreachable(text),
@@ -157,6 +162,22 @@ impl Answer {
             return Err(Silence::Broken(format!("the answer has more than {bytes_max} bytes")));
         }
         Ok(body)
+    }
+}
+
+fn is_of_certificate(error: &std::io::Error) -> bool {
+    let source = error.get_ref().and_then(|source| source.downcast_ref::<rustls::Error>());
+    matches!(source, Some(rustls::Error::InvalidCertificate(_)))
+}
+
+/// Help for what `openssl req -x509` makes unless it is told otherwise.
+fn certificate_hint(error: &std::io::Error) -> &'static str {
+    match error.to_string().contains("CaUsedAsEndEntity") {
+        true => {
+            " (an authority's own certificate is no server's: make one with \
+                 basicConstraints=critical,CA:FALSE)"
+        }
+        false => "",
     }
 }
 

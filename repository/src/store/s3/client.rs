@@ -57,7 +57,7 @@ impl Trouble {
             Self::Refused(refusal) => refusal.fault(),
             Self::Silent(Silence::Unreachable(_)) => Fault::Unreachable,
             Self::Silent(Silence::Broken(_)) | Self::Nonsense(_) => Fault::Transient,
-            Self::Silent(Silence::Impossible(_)) => Fault::Final,
+            Self::Silent(Silence::Impossible(_) | Silence::Untrusted(_)) => Fault::Final,
         }
     }
 
@@ -66,7 +66,7 @@ impl Trouble {
             Self::Refused(refusal) => refusal.words(),
             Self::Silent(Silence::Unreachable(why)) => format!("it cannot be reached: {why}"),
             Self::Silent(Silence::Broken(why)) => format!("the connection broke: {why}"),
-            Self::Silent(Silence::Impossible(why)) => why.clone(),
+            Self::Silent(Silence::Impossible(why) | Silence::Untrusted(why)) => why.clone(),
             Self::Nonsense(why) => why.clone(),
         }
     }
@@ -75,6 +75,7 @@ impl Trouble {
         let refusal = match self {
             Self::Refused(refusal) => refusal,
             Self::Silent(Silence::Unreachable(_)) => return StoreErrorKind::Unreachable,
+            Self::Silent(Silence::Untrusted(_)) => return StoreErrorKind::Credentials,
             Self::Silent(_) | Self::Nonsense(_) => return StoreErrorKind::Server,
         };
         match (refusal.status, refusal.code.as_str()) {
@@ -107,7 +108,9 @@ impl Failed {
         !matches!(
             &self.trouble,
             Trouble::Refused(Refusal { status: 400..500, .. })
-                | Trouble::Silent(Silence::Unreachable(_) | Silence::Impossible(_))
+                | Trouble::Silent(
+                    Silence::Unreachable(_) | Silence::Impossible(_) | Silence::Untrusted(_)
+                )
         ) || self.tries > 1
     }
 

@@ -84,18 +84,19 @@ impl Client {
     pub(super) fn new(address: &ServerAddress) -> Result<Self, StoreError> {
         let location = address.to_string();
         let failed = |reason: String| {
-            StoreError::new(StoreErrorKind::Io, "reach", "the repository", &location, reason)
+            let kind = StoreErrorKind::Credentials;
+            StoreError::new(kind, "reach", "the repository", &location, reason)
         };
-        let variable = |name| std::env::var_os(name).map(PathBuf::from);
+        let variable =
+            |name| std::env::var_os(name).filter(|file| !file.is_empty()).map(PathBuf::from);
         let file = address.token_file.clone().or_else(|| variable(TOKEN_VARIABLE));
         let token = match file {
             Some(file) => read_token(&file).map_err(|why| {
                 failed(format!("the token in {} cannot be used: {why}", file.display()))
             })?,
             None => {
-                let reason = format!("no token: name its file with {TOKEN_VARIABLE} or token_file");
-                let kind = StoreErrorKind::Credentials;
-                return Err(StoreError::new(kind, "reach", "the repository", &location, reason));
+                let how = format!("no token: name its file with {TOKEN_VARIABLE} or token_file");
+                return Err(failed(how));
             }
         };
         let authorities = address.ca_file.clone().or_else(|| variable(CA_VARIABLE));
@@ -295,7 +296,10 @@ impl Client {
             }
         };
         let url = format!("{}{path}", self.shared.base);
-        let answer = self.shared.http.send(&Ask { method, url, headers, body })?;
+        let answer = match self.shared.http.send(&Ask { method, url, headers, body }) {
+            Err(Silence::Untrusted(why)) => return Err(refused(StoreErrorKind::Credentials, why)),
+            other => other?,
+        };
         self.shared.known.store(true, Ordering::Relaxed);
         let status = answer.status();
         if (200..300).contains(&status) {
@@ -330,7 +334,7 @@ impl From<Silence> for Attempt {
         match silence {
             Silence::Unreachable(why) => Self::Silent(Fault::Unreachable, why),
             Silence::Broken(why) => Self::Silent(Fault::Transient, why),
-            Silence::Impossible(why) => Self::Silent(Fault::Final, why),
+            Silence::Impossible(why) | Silence::Untrusted(why) => Self::Silent(Fault::Final, why),
         }
     }
 }
