@@ -1,10 +1,11 @@
 //! What every command has at hand: configuration, state directory, and how to speak to the user.
 
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use icecore_io_engine::EngineChoice;
 use icecore_repository::store::Address;
-use icecore_repository::{KeyMaterial, OpenOptions, Repository};
+use icecore_repository::{BadKey, KeyMaterial, OpenOptions, Repository};
 
 use crate::cli::args::{Global, IoEngine};
 use crate::config::Config;
@@ -23,6 +24,12 @@ pub struct KeyFiles {
 }
 
 impl KeyFiles {
+    fn read(&self) -> Result<Vec<KeyMaterial>, BadKey> {
+        let file = self.key_file.iter().map(|file| KeyMaterial::read_key_file(file));
+        let phrase = self.passphrase_file.iter();
+        file.chain(phrase.map(|file| KeyMaterial::read_passphrase_file(file))).collect()
+    }
+
     /// Hands them on to a process of this program.
     pub fn variables(&self) -> impl Iterator<Item = (&'static str, &PathBuf)> {
         let key = self.key_file.as_ref().map(|file| ("ICECORE_KEY_FILE", file));
@@ -45,6 +52,8 @@ pub struct Context {
     pub memory: u64,
     /// The keys that the command line names, for whatever repository is opened.
     pub keys: KeyFiles,
+    /// The same as they were read: a pipe can be read once.
+    given_keys: OnceLock<Vec<KeyMaterial>>,
     /// Where progress is shown to others.
     pub board: Board,
     /// Whether the daemon of this host does the work.
@@ -81,6 +90,7 @@ impl Context {
                 key_file: global.key_file.clone(),
                 passphrase_file: global.passphrase_file.clone(),
             },
+            given_keys: OnceLock::new(),
             board: Board::default(),
             through_daemon: global.daemon,
             detach: global.detach,
@@ -143,15 +153,23 @@ impl Context {
     /// The keys to try on a repository: the configuration's for it, and those of the command line.
     pub fn keys(&self, address: &Address) -> Outcome<Vec<KeyMaterial>> {
         let bad = |e| Failure::usage("use the given key", e);
-        let files = self.key_file_of(address).into_iter().chain(&self.keys.key_file);
-        let mut keys: Vec<KeyMaterial> = files
-            .map(|file| KeyMaterial::read_key_file(file))
-            .collect::<Result<_, _>>()
-            .map_err(bad)?;
-        if let Some(file) = &self.keys.passphrase_file {
-            keys.push(KeyMaterial::read_passphrase_file(file).map_err(bad)?);
+        let given = match self.given_keys.get() {
+            Some(given) => given.clone(),
+            None => {
+                let read = self.keys.read().map_err(bad)?;
+                self.given_keys.get_or_init(|| read).clone()
+            }
+        };
+        match self.key_file_of(address).map(|file| KeyMaterial::read_key_file(file)) {
+            None => Ok(given),
+            Some(Ok(configured)) => Ok([vec![configured], given].concat()),
+            // A recovery kit is for the day on which the key is lost.
+            Some(Err(lost)) if !given.is_empty() => {
+                tracing::warn!("the key_file of the configuration is not used: {lost}");
+                Ok(given)
+            }
+            Some(Err(lost)) => Err(bad(lost)),
         }
-        Ok(keys)
     }
 
     /// The key file that the configuration has for the repository at this address. With it, the

@@ -220,12 +220,15 @@ async fn commit_state(context: &Context, record: &JobRecord) -> CommitState {
         return CommitState::Unknown;
     };
     let Ok(keys) = context.keys(&address) else { return CommitState::Unknown };
-    let wanted = record.repository_id.clone();
+    let (wanted, is_sealed) =
+        (record.repository_id.clone(), context.key_file_of(&address).is_some());
     let asked = tokio::task::spawn_blocking(move || {
         let options = OpenOptions { keys, ..OpenOptions::default() };
         let repository = Repository::open_at(&address, options).ok()?;
         // Another repository at the same place knows nothing of this point.
-        if wanted.is_some_and(|id| id != repository.id().to_string()) {
+        if (is_sealed && !repository.is_encrypted())
+            || wanted.is_some_and(|id| id != repository.id().to_string())
+        {
             return None;
         }
         repository.confirm_point(&point).ok()

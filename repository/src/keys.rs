@@ -17,6 +17,9 @@ use crate::repository::{Repository, random};
 use crate::sealing::Sealing;
 use crate::store::{ObjectName, Store};
 
+/// Each may cost whoever opens the repository seconds of work, and others may write to the store.
+const KEYS_MAX: usize = 64;
+
 /// What the objects of a repository are read and written with, opened by one of `given`.
 pub(crate) fn sealing(
     store: &dyn Store,
@@ -26,7 +29,7 @@ pub(crate) fn sealing(
     if !config.is_encrypted() {
         return Ok(Sealing::plain(config.id.clone()));
     }
-    let (master, _) = unlock(store, &config.id, given)?;
+    let master = unlock(store, &config.id, given)?;
     let keys = Keys::derive(&config.id, &master)?;
     if !config.is_proven(&keys) {
         let detail = "what it says is not what was said when the repository was made";
@@ -35,25 +38,30 @@ pub(crate) fn sealing(
     Ok(Sealing::encrypted(config.id.clone(), keys))
 }
 
-/// The master key, and the key that opened it (none for a recovery kit).
+/// The master key.
 fn unlock(
     store: &dyn Store,
     repository: &RepositoryId,
     given: &[KeyMaterial],
-) -> Result<(MasterKey, Option<KeyId>)> {
+) -> Result<MasterKey> {
     let location = || store.location().to_owned();
     if given.is_empty() {
         return Err(Error::KeyMissing { location: location() });
     }
     if let Some(kit) = given.iter().find_map(|key| key.kit_of(repository)) {
-        return Ok((kit.master(), None));
+        return Ok(kit.master());
     }
     let mut tried = 0;
     let mut unusable = None;
-    for id in ids(store)? {
+    let known = ids(store)?;
+    if known.len() > KEYS_MAX {
+        let detail = format!("there are {} keys, and no more than {KEYS_MAX} can be", known.len());
+        return Err(Damage::new(names::KEYS, DamageKind::Limit, detail).into());
+    }
+    for id in known {
         let opened = read(store, &id).and_then(|bytes| open(repository, &id, &bytes, given));
         match opened {
-            Ok(Some(master)) => return Ok((master, Some(id))),
+            Ok(Some(master)) => return Ok(master),
             Ok(None) => tried += 1,
             Err(error) => unusable = Some(error),
         }
@@ -107,18 +115,48 @@ pub(crate) fn store(
     Ok(info)
 }
 
-/// Removes keys that a crashed `init` has left where there is nothing else; returns what else there is.
-pub(crate) fn remove_unfinished(store: &dyn Store) -> Result<Vec<ObjectName>> {
+/// The keys that an `init` has left which has crashed, or is not done yet; none when there is anything
+/// else in the store.
+pub(crate) fn unfinished(store: &dyn Store) -> Result<Option<Vec<ObjectName>>> {
     let found = store.names("")?;
     for name in &found {
         let id = name.as_str().strip_prefix(names::KEYS).and_then(|id| id.parse::<KeyId>().ok());
-        let Some(id) = id else { return Ok(found) };
+        let Some(id) = id else { return Ok(None) };
         if WrappedKey::is_one(&id, &read(store, &id)?).is_err() {
-            return Ok(found);
+            return Ok(None);
         }
     }
-    store.delete(&found)?;
-    Ok(Vec::new())
+    Ok(Some(found))
+}
+
+/// Verifies that a key of this repository is there at all; what is wrong with one of them is told of
+/// that object.
+pub(crate) fn verify_any(store: &dyn Store, repository: &RepositoryId) -> Result<()> {
+    if all(store, repository)?.iter().any(|(_, key)| key.is_ok()) {
+        return Ok(());
+    }
+    let detail = "no key is left; only its recovery kit opens it, so add a key with that";
+    Err(Damage::new(names::KEYS, DamageKind::Missing, detail).into())
+}
+
+/// All that has a key's name, with the key or what is wrong with it.
+fn all(
+    store: &dyn Store,
+    repository: &RepositoryId,
+) -> Result<Vec<(KeyId, Result<KeyInfo, Damage>)>> {
+    let mut found = Vec::new();
+    for id in ids(store)? {
+        let parsed = read(store, &id)
+            .and_then(|bytes| Ok(WrappedKey::parse(repository, &id, &bytes)?.info()));
+        match parsed {
+            Ok(key) => found.push((id, Ok(key))),
+            Err(Error::Damaged(damage)) => found.push((id, Err(damage))),
+            // Removed since it was listed.
+            Err(Error::Store(error)) if error.is_not_found() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(found)
 }
 
 /// Verifies an object below `keys/`.
@@ -138,15 +176,22 @@ impl Repository {
     /// The keys that open it, the oldest first. None where it is not encrypted.
     ///
     /// # Errors
-    /// `Damaged` when one of them cannot be read; the store's.
+    /// The store's.
     pub fn keys(&self) -> Result<Vec<KeyInfo>> {
-        let store = &*self.inner.store;
-        let mut keys = Vec::new();
-        for id in ids(store)? {
-            keys.push(WrappedKey::parse(self.id(), &id, &read(store, &id)?)?.info());
-        }
+        let all = all(&*self.inner.store, self.id())?;
+        let mut keys: Vec<_> = all.into_iter().filter_map(|(_, key)| key.ok()).collect();
         keys.sort_by(|one, two| (one.created_at, &one.id).cmp(&(two.created_at, &two.id)));
         Ok(keys)
+    }
+
+    /// What has a key's name and is none of this repository, with what is wrong. It opens nothing and
+    /// may be removed like a key.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn damaged_keys(&self) -> Result<Vec<(KeyId, Damage)>> {
+        let all = all(&*self.inner.store, self.id())?;
+        Ok(all.into_iter().filter_map(|(id, key)| key.err().map(|damage| (id, damage))).collect())
     }
 
     /// Lets `new` open it, too. `current` opens it now.
@@ -164,6 +209,13 @@ impl Repository {
         self.inner.refuse_read_only("add a key")?;
         self.must_be_encrypted()?;
         let master = self.master(current)?;
+        let known = ids(&*self.inner.store)?.len();
+        if known >= KEYS_MAX {
+            return Err(Error::Refused {
+                what: format!("it has {known} keys, and no more than {KEYS_MAX} can be"),
+                advice: "remove one that nobody uses with `icecore repo key remove` first",
+            });
+        }
         match unlock(&*self.inner.store, self.id(), std::slice::from_ref(new)) {
             Ok(_) => {
                 return Err(Error::Refused {
@@ -171,38 +223,31 @@ impl Repository {
                     advice: "give another key file or passphrase",
                 });
             }
-            Err(Error::KeyRefused { .. }) => {}
+            // What is damaged opens nothing.
+            Err(Error::KeyRefused { .. } | Error::Damaged(_)) => {}
             Err(error) => return Err(error),
         }
         store(&*self.inner.store, self.id(), &master, new, label, now)
     }
 
-    /// Takes a key away; returns what it was. The last one stays.
+    /// Takes a key away, or what is left of one. The last that opens the repository stays.
     ///
     /// # Errors
     /// `NotFound`; `Refused` when it is the last one; `ReadOnly`; the store's.
     pub fn remove_key(&self, id: &KeyId) -> Result<()> {
         self.inner.refuse_read_only("remove a key")?;
         self.must_be_encrypted()?;
-        let known = ids(&*self.inner.store)?;
-        if !known.contains(id) {
+        let known = all(&*self.inner.store, self.id())?;
+        if !known.iter().any(|(known, _)| known == id) {
             return Err(Error::NotFound { what: format!("key {id}") });
         }
-        if known.len() == 1 {
+        if !known.iter().any(|(other, key)| other != id && key.is_ok()) {
             return Err(Error::Refused {
-                what: format!("key {id} is the only one; without it nobody could read the points"),
+                what: format!("without key {id} nothing would open it, and nobody read its points"),
                 advice: "add another one with `icecore repo key add` first",
             });
         }
         Ok(self.inner.store.delete(&[names::key(id)?])?)
-    }
-
-    /// The id of the key that `given` is; none for a recovery kit.
-    ///
-    /// # Errors
-    /// `KeyRefused` when it does not open the repository; the store's.
-    pub fn key_in_use(&self, given: &[KeyMaterial]) -> Result<Option<KeyId>> {
-        Ok(unlock(&*self.inner.store, self.id(), given)?.1)
     }
 
     /// The master key as text, to be kept where no computer reaches it.
@@ -216,7 +261,7 @@ impl Repository {
 
     /// The master key, which is not kept in memory.
     fn master(&self, current: &[KeyMaterial]) -> Result<MasterKey> {
-        let (master, _) = unlock(&*self.inner.store, self.id(), current)?;
+        let master = unlock(&*self.inner.store, self.id(), current)?;
         let keys = Keys::derive(self.id(), &master)?;
         if self.inner.config.is_proven(&keys) {
             return Ok(master);

@@ -128,15 +128,15 @@ impl Repository {
         options: InitOptions,
         now: jiff::Timestamp,
     ) -> Result<Self> {
-        if !keys::remove_unfinished(&*store)?.is_empty() {
-            return Err(Error::InitRefused {
-                location: store.location().to_owned(),
-                why: "there are objects in it already".to_owned(),
-            });
-        }
+        let occupied = || Error::InitRefused {
+            location: store.location().to_owned(),
+            why: "there are objects in it already".to_owned(),
+        };
+        let unfinished = keys::unfinished(&*store)?.ok_or_else(occupied)?;
         let id = RepositoryId::from_random(u128::from_le_bytes(random()?));
         let mut config = Config::new(id.clone(), now, options.block_size, options.compression);
         let mut sealing = Sealing::plain(id.clone());
+        let mut own = Vec::new();
         if !options.keys.is_empty() {
             let master = MasterKey::new(random()?);
             let derived = Keys::derive(&id, &master)?;
@@ -144,10 +144,19 @@ impl Repository {
             sealing = Sealing::encrypted(id.clone(), derived);
             // Before the config, so that no repository is ever without a key.
             for key in &options.keys {
-                keys::store(&*store, &id, &master, key, None, now)?;
+                own.push(names::key(&keys::store(&*store, &id, &master, key, None, now)?.id)?);
             }
         }
-        store.put(&names::config()?, &config.encode()?)?;
+        match store.put(&names::config()?, &config.encode()?) {
+            // Somebody else has made one meanwhile; his keys are none of ours.
+            Err(error) if error.already_exists() => {
+                store.delete(&own)?;
+                return Err(occupied());
+            }
+            other => other?,
+        }
+        // Only whoever made the repository removes what others have left, lest two remove each other's.
+        store.delete(&unfinished)?;
         let repository = Self::with_config(store, config, sealing, &OpenOptions::default());
         repository.inner.coordination.refill_reserve()?;
         Ok(repository)

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use icecore_repository::store::{SimFileSystem, Store};
 use icecore_repository::{
-    BlockSize, Error, InitOptions, KeyMaterial, KeyMethod, OpenOptions, Repository, scrub,
+    BlockSize, DamageKind, Error, InitOptions, KeyMaterial, KeyMethod, OpenOptions, Repository,
+    ServiceId, ServiceRecord, ServiceState, scrub,
 };
 use world::{
     BLOCK, assert_points_are_right, assert_sound, backup, block, gc, initialised, restore, store,
@@ -129,7 +130,6 @@ fn keys_come_and_go_and_the_data_stay_as_they_are() {
     let label = Some("the safe".to_owned());
     let second = repository.add_key(&[file(1)], &passphrase("a long one"), label, now).unwrap();
     assert_eq!(repository.keys().unwrap(), [first.clone(), second.clone()]);
-    assert_eq!(repository.key_in_use(&[passphrase("a long one")]).unwrap(), Some(second.id));
     repository.remove_key(&first.id).unwrap();
     assert!(matches!(repository.remove_key(&first.id), Err(Error::NotFound { .. })));
     assert!(matches!(open(&fs, vec![file(1)]), Err(Error::KeyRefused { .. })));
@@ -155,6 +155,53 @@ fn the_recovery_kit_opens_it_when_every_key_is_lost() {
     assert_eq!(assert_points_are_right(&opened), [0, 1]);
     opened.add_key(&[kit], &file(7), None, jiff::Timestamp::UNIX_EPOCH).unwrap();
     open(&fs, vec![file(7)]).unwrap();
+}
+
+#[test]
+fn a_damaged_key_is_in_nobodys_way_and_can_be_removed() {
+    let (fs, repository) = small(1);
+    let (donor, _) = init(vec![file(3)]);
+    let foreign = donor.paths().into_iter().find(|path| path.starts_with("keys/")).unwrap();
+    put(&fs, &foreign, &donor.content(&foreign).unwrap());
+    let now = jiff::Timestamp::UNIX_EPOCH;
+    let own = repository.keys().unwrap().remove(0);
+    let damaged = repository.damaged_keys().unwrap();
+    assert_eq!(damaged.len(), 1);
+    assert_eq!(format!("keys/{}", damaged[0].0), foreign);
+    // It does not count as one that opens the repository.
+    assert!(matches!(repository.remove_key(&own.id), Err(Error::Refused { .. })));
+    repository.add_key(&[file(1)], &file(2), None, now).unwrap();
+    let report = repository.check(&Default::default(), |_| ()).unwrap();
+    assert!(report.errors.iter().any(|error| error.object == foreign), "{report:?}");
+    repository.remove_key(&damaged[0].0).unwrap();
+    assert!(repository.damaged_keys().unwrap().is_empty());
+    repository.remove_key(&own.id).unwrap();
+    assert_sound(&repository, "after the foreign key");
+}
+
+#[test]
+fn a_repository_that_no_key_opens_any_more_is_told_of() {
+    let (fs, repository) = small(1);
+    let key = repository.keys().unwrap().remove(0);
+    assert!(fs.vanish(&format!("keys/{}", key.id)));
+    let report = repository.check(&Default::default(), |_| ()).unwrap();
+    assert!(report.errors.iter().any(|error| error.object == "keys/"), "{report:?}");
+}
+
+#[test]
+fn nobody_has_to_try_endless_keys() {
+    let (fs, repository) = small(1);
+    for at in 2..=64 {
+        let now = jiff::Timestamp::UNIX_EPOCH;
+        repository.add_key(&[file(1)], &file(at), None, now).unwrap();
+    }
+    let more = repository.add_key(&[file(1)], &file(99), None, jiff::Timestamp::UNIX_EPOCH);
+    assert!(matches!(more, Err(Error::Refused { .. })), "{more:?}");
+    let (donor, _) = init(vec![file(3)]);
+    let foreign = donor.paths().into_iter().find(|path| path.starts_with("keys/")).unwrap();
+    put(&fs, &foreign, &donor.content(&foreign).unwrap());
+    let error = open(&fs, vec![file(1)]).unwrap_err();
+    assert_eq!(error.damage().unwrap().kind, DamageKind::Limit);
 }
 
 /// An attacker who writes to the store has whole, well closed objects of other places.
@@ -244,7 +291,11 @@ fn a_config_that_was_changed_is_told_from_a_wrong_key() {
 
 #[test]
 fn whoever_has_no_key_can_scrub_all_but_not_read() {
-    for (fs, reference) in [(small(1).0, "encrypted"), (plain_small(), "plain")] {
+    let (fs, repository) = small(1);
+    repository.tell_of_service(&service()).unwrap();
+    let plain = plain_small();
+    world::open(&plain).tell_of_service(&service()).unwrap();
+    for (fs, reference) in [(fs, "encrypted"), (plain, "plain")] {
         let look = || scrub(store(&fs), |_| ()).unwrap();
         let report = look();
         assert!(report.ok && report.points_checked == 2, "{reference}: {report:?}");
@@ -266,6 +317,17 @@ fn whoever_has_no_key_can_scrub_all_but_not_read() {
             fs.overwrite(&path, whole);
         }
         assert!(look().ok);
+    }
+}
+
+fn service() -> ServiceRecord {
+    ServiceRecord {
+        service: ServiceId::from_random(7),
+        host: "host".to_owned(),
+        version: "1".to_owned(),
+        state: ServiceState::Up,
+        at: jiff::Timestamp::UNIX_EPOCH,
+        period_seconds: 60,
     }
 }
 
@@ -306,6 +368,28 @@ fn two_init_at_once_and_one_that_crashed_leave_one_repository() {
     let refused = Repository::init_on(store(&stranger), options, jiff::Timestamp::UNIX_EPOCH);
     assert!(matches!(refused, Err(Error::InitRefused { .. })));
     assert!(stranger.content(&key).is_some());
+}
+
+#[test]
+fn of_two_init_that_race_one_wins_and_its_key_opens() {
+    for _ in 0..50 {
+        let fs = SimFileSystem::new();
+        let made = std::thread::scope(|scope| {
+            let racers = [1, 2].map(|fill| {
+                let store = store(&fs);
+                scope.spawn(move || {
+                    let options = InitOptions { keys: vec![file(fill)], ..InitOptions::default() };
+                    Repository::init_on(store, options, jiff::Timestamp::UNIX_EPOCH).is_ok()
+                })
+            });
+            racers.map(|racer| racer.join().unwrap())
+        });
+        assert!(made[0] != made[1], "{made:?}");
+        let winner = if made[0] { 1 } else { 2 };
+        let repository = open(&fs, vec![file(winner)]).unwrap();
+        assert_eq!(repository.keys().unwrap().len(), 1);
+        assert!(repository.damaged_keys().unwrap().is_empty());
+    }
 }
 
 fn put(fs: &SimFileSystem, path: &str, bytes: &[u8]) {

@@ -5,7 +5,7 @@ use std::io::{IsTerminal as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
-use icecore_repository::{KeyId, KeyInfo, KeyMaterial, KeyMethod, Repository};
+use icecore_repository::{Damage, KeyId, KeyInfo, KeyMaterial, KeyMethod, Repository};
 use jiff::Timestamp;
 
 use crate::cli::OK;
@@ -30,8 +30,10 @@ fn list(context: &Context, repo: &str) -> Outcome<u8> {
     let tried = format!("list the keys of {repo}");
     let repository = context.open_read_only(repo)?;
     let keys = known(&repository, &tried)?;
+    let damaged = damaged(&repository, &tried)?;
     if context.json {
-        let all: Vec<_> = keys.iter().map(described).collect();
+        let sound = keys.iter().map(described);
+        let all: Vec<_> = sound.chain(damaged.iter().map(described_damage)).collect();
         output::json(&all)?;
         return Ok(OK);
     }
@@ -39,6 +41,10 @@ fn list(context: &Context, repo: &str) -> Outcome<u8> {
     for key in keys {
         let label = key.label.map(|label| output::printable(&label)).unwrap_or_default();
         table.add(vec![key.id.to_string(), method(key.method).into(), when(key.created_at), label]);
+    }
+    for (id, damage) in damaged {
+        let what = format!("opens nothing: {}", output::printable(&damage.to_string()));
+        table.add(vec![id.to_string(), "-".into(), "-".into(), what]);
     }
     table.print("it is not encrypted and has no keys")?;
     Ok(OK)
@@ -68,10 +74,11 @@ fn add(context: &Context, args: &KeyAddArgs) -> Outcome<u8> {
 fn remove(context: &Context, repo: &str, key: &str) -> Outcome<u8> {
     let tried = format!("remove key {key} from {repo}");
     let repository = context.open(repo)?;
-    let keys = known(&repository, &tried)?;
-    let mut fitting = keys.into_iter().filter(|known| known.id.as_str().starts_with(key));
+    let sound = known(&repository, &tried)?.into_iter().map(|key| key.id);
+    let all = sound.chain(damaged(&repository, &tried)?.into_iter().map(|(id, _)| id));
+    let mut fitting = all.filter(|known| known.as_str().starts_with(key));
     let found: KeyId = match (fitting.next(), fitting.next()) {
-        (Some(only), None) if !key.is_empty() => only.id,
+        (Some(only), None) if !key.is_empty() => only,
         (Some(_), _) => {
             return Err(Failure::usage(tried, "it fits several keys").next("write more of the id"));
         }
@@ -99,10 +106,14 @@ fn kit(context: &Context, repo: &str, path: &Path) -> Outcome<u8> {
     let current = context.keys(&context.repository_address(repo)?)?;
     let failed = |e| Failure::from_repository(&tried, e);
     let kit = repository.recovery_kit(&current).map_err(failed)?;
-    let mut file = match path == Path::new(STANDARD_OUTPUT) {
-        true => return output::print(&kit.text()).map(|()| OK),
-        false => new_file(path, &tried)?,
-    };
+    if path == Path::new(STANDARD_OUTPUT) {
+        let printed = match context.json {
+            true => output::json(&serde_json::json!({ "kit": *kit.text() })),
+            false => output::print(&kit.text()),
+        };
+        return printed.map(|()| OK);
+    }
+    let mut file = new_file(path, &tried)?;
     write(&mut file, kit.text().as_bytes(), &tried)?;
     if context.json {
         output::json(&serde_json::json!({ "file": path.to_string_lossy() }))?;
@@ -112,27 +123,33 @@ fn kit(context: &Context, repo: &str, path: &Path) -> Outcome<u8> {
     Ok(OK)
 }
 
-/// After `repo init`: the kit goes into the file that was asked for, or onto a terminal, and nowhere
-/// else: what a script prints ends in a log.
-pub fn hand_out_kit(
+/// After `repo init`: the kit goes into the file that was asked for.
+pub fn write_kit(
+    repository: &Repository,
+    keys: &[KeyMaterial],
+    mut file: File,
+    tried: &str,
+) -> Outcome<()> {
+    let kit = repository.recovery_kit(keys).map_err(|e| Failure::from_repository(tried, e))?;
+    write(&mut file, kit.text().as_bytes(), tried)
+}
+
+/// Where no file was asked for: onto a terminal, and nowhere else: what a script prints ends in a log.
+pub fn show_kit(
     context: &Context,
     repository: &Repository,
     keys: &[KeyMaterial],
-    file: Option<File>,
     tried: &str,
 ) -> Outcome<()> {
-    let kit = || repository.recovery_kit(keys).map_err(|e| Failure::from_repository(tried, e));
-    if let Some(mut file) = file {
-        return write(&mut file, kit()?.text().as_bytes(), tried);
-    }
     if context.json || !std::io::stdout().is_terminal() {
         return Ok(());
     }
+    let kit = repository.recovery_kit(keys).map_err(|e| Failure::from_repository(tried, e))?;
     output::print(&format!(
         "\n{}\nPrint this, keep it apart from all computers, and clear the screen: it opens the \
          repository when every key is lost. It is not shown again ('icecore repo key kit' writes it \
          for whoever has a key).\n",
-        *kit()?.text()
+        *kit.text()
     ))
 }
 
@@ -158,6 +175,14 @@ fn write(file: &mut File, text: &[u8], tried: &str) -> Outcome<()> {
 
 fn known(repository: &Repository, tried: &str) -> Outcome<Vec<KeyInfo>> {
     repository.keys().map_err(|e| Failure::from_repository(tried, e))
+}
+
+fn damaged(repository: &Repository, tried: &str) -> Outcome<Vec<(KeyId, Damage)>> {
+    repository.damaged_keys().map_err(|e| Failure::from_repository(tried, e))
+}
+
+fn described_damage((id, damage): &(KeyId, Damage)) -> serde_json::Value {
+    serde_json::json!({ "key": id, "damage": damage.to_string() })
 }
 
 fn described(key: &KeyInfo) -> serde_json::Value {

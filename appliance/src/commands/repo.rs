@@ -45,11 +45,16 @@ fn init(context: &Context, args: &RepoInitArgs) -> Outcome<u8> {
             return Err(Failure::from_repository(tried, error));
         }
     };
+    let to_show = args.encrypt && kit.is_none();
+    // Before anything else can fail: without it and the key nobody could read what is written here.
+    if let Some(file) = kit {
+        key::write_kit(&repository, &keys, file, &tried)?;
+    }
     // What init has found to be good enough, for people to see.
     let found = address.probe().map_err(|e| Failure::failed("look at the new repository", e))?;
     describe(context, &repository, &args.repo, found.as_ref())?;
-    if args.encrypt {
-        key::hand_out_kit(context, &repository, &keys, kit, &tried)?;
+    if to_show {
+        key::show_kit(context, &repository, &keys, &tried)?;
     }
     Ok(OK)
 }

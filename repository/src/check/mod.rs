@@ -200,7 +200,7 @@ impl Repository {
         Ok((names, self.inner.coordination.standing()?))
     }
 
-    /// Whether each key is whole; whether somebody still has it, nobody can tell.
+    /// Whether each key is whole, and there is one; whether somebody still has it, nobody can tell.
     fn check_keys(&self, findings: &mut Findings<'_>) -> Result<()> {
         let store = &*self.inner.store;
         for name in store.names(names::KEYS)? {
@@ -208,6 +208,9 @@ impl Repository {
             if verified.is_ok() || store.exists(&name)? {
                 findings.note(name.as_str(), verified)?;
             }
+        }
+        if self.is_encrypted() {
+            findings.note(names::KEYS, keys::verify_any(store, self.id()))?;
         }
         Ok(())
     }

@@ -29,8 +29,9 @@ const LABEL_CHARS_MAX: usize = 100;
 
 /// RFC 9106, section 4, for where memory is short: 64 MiB, three passes, four lanes.
 const ARGON2: Argon2Cost = Argon2Cost { memory_kib: 64 << 10, passes: 3, lanes: 4 };
-/// What is read may ask for no more memory than this (1 GiB), whoever wrote it.
-const ARGON2_MEMORY_KIB_MAX: u32 = 1 << 20;
+/// What is read may ask for no more memory than this (256 MiB), whoever wrote it: a host that is asked
+/// for more may have to kill a guest for it.
+const ARGON2_MEMORY_KIB_MAX: u32 = 256 << 10;
 const ARGON2_LANES_MAX: u32 = 16;
 /// Memory times passes: about ten seconds of work.
 const ARGON2_WORK_KIB_MAX: u64 = 8 << 20;

@@ -122,7 +122,7 @@ impl Coordination {
     /// Whether an object of [`COORDINATION`] holds a record, as opposed to saying all by its name.
     pub(crate) fn is_record(&self, name: &ObjectName) -> bool {
         let in_any = |prefixes: &[&str]| prefixes.iter().any(|p| name.as_str().starts_with(p));
-        in_any(&[WRITERS, REVOKED, FATES, QUARANTINE])
+        in_any(&[WRITERS, REVOKED, FATES, QUARANTINE, SERVICES])
     }
 
     /// Makes durable what others may have left visible only: conclusions will be drawn from it.
