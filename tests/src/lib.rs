@@ -10,6 +10,7 @@
 
 mod acceptance;
 mod agent;
+mod authority;
 mod ceph;
 mod daemon;
 mod debian;

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use crate::authority::{make_authority, make_certificate};
 use crate::ceph::Ceph;
 use crate::failure::Result;
 use crate::icecore::Site;
@@ -26,6 +27,8 @@ const START_DEADLINE: Duration = Duration::from_secs(60);
 pub enum ObjectServer {
     /// `rclone serve s3`: overwrites whatever it is asked.
     Rclone,
+    /// The same over TLS, with a certificate by an authority that nobody else knows.
+    RcloneTls,
     /// `moto_server`: takes any secret.
     Moto,
     /// Ceph's radosgw over one monitor and one memory OSD.
@@ -35,9 +38,10 @@ pub enum ObjectServer {
 /// A running server.
 #[derive(Debug)]
 pub struct ObjectStore {
+    server: ObjectServer,
     port: u16,
     _processes: Vec<Background>,
-    _scratch: Scratch,
+    scratch: Scratch,
 }
 
 impl ObjectStore {
@@ -50,13 +54,20 @@ impl ObjectStore {
         let scratch = Scratch::new()?;
         let port = free_port()?;
         let processes = match server {
-            ObjectServer::Rclone => {
+            ObjectServer::Rclone | ObjectServer::RcloneTls => {
                 let folder = scratch.join("objects");
                 std::fs::create_dir(&folder)?;
                 let mut command = Command::new(program);
                 command.args(["serve", "s3", "--config", ""]);
                 command.args(["--addr", &format!("127.0.0.1:{port}")]);
                 command.args(["--auth-key", &format!("{ACCESS_KEY},{SECRET_KEY}")]);
+                if server == ObjectServer::RcloneTls {
+                    make_authority(&scratch, "ca")?;
+                    make_authority(&scratch, "other-ca")?;
+                    make_certificate(&scratch)?;
+                    command.arg("--cert").arg(scratch.join("server.pem"));
+                    command.arg("--key").arg(scratch.join("server.key"));
+                }
                 vec![silent(command.arg(folder))?]
             }
             ObjectServer::Moto => {
@@ -65,7 +76,7 @@ impl ObjectStore {
             }
             ObjectServer::Ceph => Ceph::start(scratch.path(), port)?,
         };
-        let store = Self { port, _processes: processes, _scratch: scratch };
+        let store = Self { server, port, _processes: processes, scratch };
         wait_until("an answer of the object store", START_DEADLINE, || {
             Ok(std::net::TcpStream::connect(("127.0.0.1", port)).is_ok() && store.answers()?)
         })?;
@@ -75,12 +86,21 @@ impl ObjectStore {
     fn answers(&self) -> Result<bool> {
         let mut curl = Command::new("curl");
         curl.args(["-s", "-o", "/dev/null", "-m", "5", &self.endpoint()]);
+        if self.server == ObjectServer::RcloneTls {
+            curl.arg("--cacert").arg(self.path("ca.pem"));
+        }
         Ok(run(&mut curl).is_ok())
     }
 
     /// Where it is.
     pub fn endpoint(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
+        let scheme = if self.server == ObjectServer::RcloneTls { "https" } else { "http" };
+        format!("{scheme}://127.0.0.1:{}", self.port)
+    }
+
+    /// A path in its own folder; of one with TLS: `ca.pem`, `other-ca.pem`.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.scratch.join(name)
     }
 
     /// Its port.
@@ -115,7 +135,7 @@ pub(crate) fn object_store_environment(endpoint: &str, secret: &str) -> Vec<(Str
 fn program(server: ObjectServer) -> Option<PathBuf> {
     let of_python = |name: &str| provisioned().join("object-stores/bin").join(name);
     let program = match server {
-        ObjectServer::Rclone => of_python("rclone"),
+        ObjectServer::Rclone | ObjectServer::RcloneTls => of_python("rclone"),
         ObjectServer::Moto => of_python("moto_server"),
         ObjectServer::Ceph => PathBuf::from("/usr/bin/radosgw"),
     };

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
+use crate::authority::{make_authority, make_certificate};
 use crate::failure::{Failure, Result};
 use crate::icecore::{Icecore, Site};
 use crate::place::Scratch;
@@ -133,33 +134,4 @@ impl RepoServer {
         let token = self.add_token(name, right, repository)?;
         Icecore::without_repository_at(&self.site(repository, &token))
     }
-}
-
-fn openssl(scratch: &Scratch, arguments: &str) -> Result<()> {
-    let mut command = Command::new("openssl");
-    run(command.current_dir(scratch.path()).args(arguments.split_whitespace())).map(drop)
-}
-
-fn make_authority(scratch: &Scratch, name: &str) -> Result<()> {
-    openssl(
-        scratch,
-        &format!(
-            "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 30 \
-             -subj /CN=icecore-test-{name} -keyout {name}.key -out {name}.pem"
-        ),
-    )
-}
-
-fn make_certificate(scratch: &Scratch) -> Result<()> {
-    openssl(
-        scratch,
-        "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=server \
-         -keyout server.key -out server.csr",
-    )?;
-    std::fs::write(scratch.join("names"), "subjectAltName=IP:127.0.0.1,DNS:localhost\n")?;
-    openssl(
-        scratch,
-        "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 30 \
-         -extfile names -out server.pem",
-    )
 }

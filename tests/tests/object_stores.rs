@@ -60,6 +60,38 @@ fn ceph_is_accepted() -> Result<()> {
 }
 
 #[test]
+fn a_server_with_an_authority_of_its_own_is_known_by_it_alone() -> Result<()> {
+    let Some(store) = ObjectStore::start(ObjectServer::RcloneTls)? else { return Ok(()) };
+    let mut site = store.site(PLACE);
+    // Plain HTTP must not be what makes it work.
+    site.environment.retain(|(name, _)| name != "AWS_ALLOW_HTTP");
+    let known = ("ICECORE_CA_FILE".to_owned(), store.path("ca.pem").into());
+    // This machine may have one for all of its programs.
+    site.environment.push(("AWS_CA_BUNDLE".to_owned(), "".into()));
+    let (stranger, nobody) = (site.clone(), store.path("other-ca.pem"));
+    site.environment.push(known);
+    let icecore = Icecore::at(&site)?;
+    icecore.prove_next_point(&vm()?)?;
+    let info = || icecore.command("repo").args(["info", PLACE]);
+    // What all programs for S3 know goes first.
+    info().env("AWS_CA_BUNDLE", store.path("ca.pem")).env("ICECORE_CA_FILE", &nobody).succeed()?;
+    let wrong = info().env("ICECORE_CA_FILE", &nobody).expect(1)?;
+    let missing = info().env("ICECORE_CA_FILE", store.path("no-such.pem")).expect(1)?;
+    assert!(missing.stderr.contains("no-such.pem"), "{missing:?}");
+    let unknown = Icecore::without_repository_at(&stranger)?;
+    let unknown = unknown.command("repo").args(["info", PLACE]).expect(1)?;
+    for refused in [wrong, unknown] {
+        assert!(refused.stderr.contains("invalid peer certificate"), "{refused:?}");
+        assert!(refused.stderr.contains("check the keys and certificates"), "{refused:?}");
+        assert!(
+            !refused.stderr.contains("tries"),
+            "a certificate does not get better: {refused:?}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
 fn a_wrong_secret_is_said_and_never_shown() -> Result<()> {
     let Some(store) = ObjectStore::start(ObjectServer::Rclone)? else { return Ok(()) };
     let icecore = Icecore::at(&store.site(PLACE))?;

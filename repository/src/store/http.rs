@@ -19,6 +19,9 @@ const IDLE_MAX: usize = 16;
 /// Servers close idle connections, many after 20 s or more; one that is closed costs a retry.
 const IDLE_AGE_MAX: Duration = Duration::from_secs(15);
 
+/// Names the file with the certificates that servers are checked against.
+pub(crate) const CA_VARIABLE: &str = "ICECORE_CA_FILE";
+
 /// Where distributions keep the certificates of the authorities that they trust.
 const SYSTEM_BUNDLES: [&str; 4] = [
     "/etc/ssl/certs/ca-certificates.crt",

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::credentials::Source;
+use crate::store::http::CA_VARIABLE;
 
 const DEFAULT_REGION: &str = "us-east-1";
 
@@ -68,7 +69,9 @@ impl S3Settings {
             is_aws,
             region,
             style: if by_host { BucketStyle::Host } else { BucketStyle::Path },
-            ca_bundle: variable("AWS_CA_BUNDLE").map(PathBuf::from),
+            ca_bundle: variable("AWS_CA_BUNDLE")
+                .or_else(|| variable(CA_VARIABLE))
+                .map(PathBuf::from),
             credentials: Source::find(variable)?,
         })
     }

@@ -9,14 +9,12 @@ use std::time::Instant;
 use serde::de::DeserializeOwned;
 
 use super::{BYTES_HEADER, ERROR_HEADER, ServerAddress, kind_of, object_path};
-use crate::store::http::{self, Ask, Http, Silence};
+use crate::store::http::{self, Ask, CA_VARIABLE, Http, Silence};
 use crate::store::retry::{Fault, RetryPolicy};
 use crate::store::{ObjectName, StoreError, StoreErrorKind};
 
 /// Where the token is, where the address does not say it.
 const TOKEN_VARIABLE: &str = "ICECORE_REPO_TOKEN_FILE";
-/// Where the certificates are, likewise.
-const CA_VARIABLE: &str = "ICECORE_CA_FILE";
 /// A longer file holds something else.
 const TOKEN_BYTES_MAX: u64 = 4096;
 /// What a server says of an error, at most.
