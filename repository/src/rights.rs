@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::ids::{PackId, PointId, RunId, WriterId};
 use crate::names;
 use crate::store::ObjectName;
+use crate::writers::is_beat;
 use crate::writers::{
     BEATS, FATES, GENERATIONS, QUARANTINE, RESERVE, RESERVE_OBJECTS, REVOKED, SERVICES, WRITERS,
 };
@@ -131,7 +132,7 @@ fn known(name: &str) -> Option<Purpose> {
         return (number.parse::<u32>().ok()? < RESERVE_OBJECTS).then_some(Purpose::Reserve);
     }
     if let Some(beat) = is_in(SERVICES) {
-        return (!beat.contains('/')).then_some(Purpose::Presence);
+        return is_beat(beat).then_some(Purpose::Presence);
     }
     let decisions = [FATES, GENERATIONS, REVOKED];
     decisions.iter().any(|prefix| name.starts_with(prefix)).then_some(Purpose::Decision)
@@ -224,7 +225,13 @@ mod tests {
             (&format!("coordination/damaged/{HEX}"), YES, NO),
             ("coordination/reserve/3", YES, NO),
             ("coordination/reserve/4", NO, NO),
-            ("coordination/services/0123456789abcdef.00000001.00000002", YES, YES),
+            (
+                "coordination/services/0123456789abcdef.00000000000000000001.00000000000000000002",
+                YES,
+                YES,
+            ),
+            ("coordination/services/0123456789abcdef.00000001.00000002", NO, NO),
+            ("coordination/services/x", NO, NO),
             ("coordination/generations/00000000000000000001", NO, NO),
             (&format!("coordination/revoked/{WRITER}.fence"), NO, NO),
             (&format!("coordination/revoked/{WRITER}.verdict"), NO, NO),

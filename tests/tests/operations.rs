@@ -187,13 +187,14 @@ fn what_alerts_and_dashboard_name_is_in_a_scrape() -> Result<()> {
                 [schedule.yearly]\ncron = '0 0 1 1 *'\nvms = ['bare']\nrepository = 'main'\n";
     let daemon = icecore.serve(&[&vm], more)?;
     icecore.through(&daemon, "backup").args(["--repo", "main", "bare"]).succeed()?;
-    icecore.through(&daemon, "check").args(["--repo", "main"]).succeed()?;
+    icecore.through(&daemon, "check").args(["--repo", "main", "--read-data"]).succeed()?;
     let restore = icecore.through(&daemon, "restore").args(["--repo", "main", "latest", "--to"]);
     restore.arg(icecore.path("restored")).succeed()?;
     let mut scrape = String::new();
     wait_until("a look after the restore", DEADLINE, || {
         scrape = daemon.get("/metrics")?.body;
-        Ok(scrape.contains("icecore_last_verified_restore_timestamp_seconds{vm=\"bare\"}"))
+        let restored = "icecore_last_verified_restore_timestamp_seconds{vm=\"bare\"}";
+        Ok(scrape.contains(restored) && !scrape.contains(&format!("{restored} 0\n")))
     })?;
     for line in [
         "icecore_quota_points_limit{project=\"shop\",repository=\"main\"} 9",

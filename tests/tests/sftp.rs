@@ -51,6 +51,9 @@ fn what_ssh_and_its_server_refuse_is_said() -> Result<()> {
     server.restart("internal-sftp")?;
     let nothing = icecore.command("repo").args(["info", &server.address("none")]).expect(2)?;
     assert!(nothing.stderr.contains("no Icecore repository"), "{nothing:?}");
+    // As NAS boxes have them: the path that everybody knows is a link.
+    std::os::unix::fs::symlink(server.served().join("repo"), server.served().join("link"))?;
+    icecore.command("repo").args(["info", &server.address("link")]).succeed()?;
     server.forget_user()?;
     let refused = info(1)?;
     assert!(refused.stderr.contains("does not let this user in"), "{refused:?}");

@@ -55,13 +55,14 @@ pub async fn serve(global: &Global) -> Outcome<()> {
     tokio::spawn(Arc::clone(&supervisor).run());
     tokio::spawn(schedule::run(Arc::clone(&supervisor)));
     tokio::spawn(look_at_repositories(Arc::clone(&supervisor)));
-    tokio::spawn(presence::run(Arc::clone(&supervisor)));
+    let beating = tokio::spawn(presence::run(Arc::clone(&supervisor)));
     tell(&[NotifyState::Ready]);
     signals.obey(&supervisor).await;
     tell(&[NotifyState::Stopping]);
     supervisor.stop();
     // The socket goes at once, so that clients see that nobody listens.
     let _ = std::fs::remove_file(&supervisor.settings().context.config.api.socket);
+    beating.abort();
     presence::leave(&supervisor).await;
     Ok(())
 }

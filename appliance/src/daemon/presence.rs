@@ -1,6 +1,6 @@
 //! This daemon leaves word in its repositories that it is there, for the other hosts' service lists.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use icecore_repository::{ServiceId, ServiceRecord, ServiceState};
@@ -33,11 +33,17 @@ pub async fn leave(supervisor: &Arc<Supervisor>) {
     let _ = tokio::time::timeout(LEAVE_WAIT, told).await;
 }
 
+/// One at a time, in their order: a beat that comes after the farewell would be believed.
+static TELLING: Mutex<()> = Mutex::new(());
+
 async fn tell_all(supervisor: &Arc<Supervisor>, state: ServiceState) {
     let settings = supervisor.settings();
-    let tell = move || match record(&settings.context, state) {
-        Ok(record) => tell(&settings.context, &record),
-        Err(failure) => tracing::warn!("other hosts do not see this daemon: {failure}"),
+    let tell = move || {
+        let _telling = TELLING.lock().unwrap_or_else(PoisonError::into_inner);
+        match record(&settings.context, state) {
+            Ok(record) => tell(&settings.context, &record),
+            Err(failure) => tracing::warn!("other hosts do not see this daemon: {failure}"),
+        }
     };
     // A panic in there has been told of.
     let _ = tokio::task::spawn_blocking(tell).await;

@@ -1,6 +1,6 @@
 //! One repository on this server: the directory store, and what clients may do to it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -31,6 +31,8 @@ pub struct Hosted {
     store: DirectoryStore,
     owners: PathBuf,
     used: Arc<AtomicU64>,
+    /// Held by a deletion: what two of them delete at once is given back once.
+    deleting: Mutex<()>,
     uploads: Mutex<HashMap<String, Arc<Upload>>>,
 }
 
@@ -84,8 +86,9 @@ impl Hosted {
 
     fn of(store: DirectoryStore, directory: &Path) -> Result<Self, Denied> {
         let used = store.list("")?.iter().map(|entry| entry.bytes).sum();
-        let (owners, uploads) = (directory.join(OWNERS), Mutex::default());
-        Ok(Self { store, owners, used: Arc::new(AtomicU64::new(used)), uploads })
+        let (owners, used) = (directory.join(OWNERS), Arc::new(AtomicU64::new(used)));
+        let (deleting, uploads) = Default::default();
+        Ok(Self { store, owners, used, deleting, uploads })
     }
 
     /// Refuses what the client may not do to an object.
@@ -169,11 +172,15 @@ impl Hosted {
     /// Deletes objects, all of which the client may delete.
     pub fn delete(&self, client: &Client, names: &[ObjectName]) -> Result<(), Denied> {
         names.iter().try_for_each(|name| self.judge(client, Act::Delete, name))?;
-        let bytes: u64 = names.iter().filter_map(|name| self.store.len(name).ok()).sum();
+        // A name may be given twice.
+        let distinct: BTreeSet<&ObjectName> = names.iter().collect();
+        let deleting = lock(&self.deleting);
+        let bytes: u64 = distinct.into_iter().filter_map(|name| self.store.len(name).ok()).sum();
         self.store.delete(names)?;
         let _ = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
             Some(used.saturating_sub(bytes))
         });
+        drop(deleting);
         for name in names {
             if let Purpose::Announcement(writer) = Purpose::of(name) {
                 // One that stays is a few bytes, and of a writer that never comes again.
@@ -239,9 +246,11 @@ impl Hosted {
         })?;
         let known = usize::try_from(known).unwrap_or(usize::MAX);
         let Some(new) = bytes.get(known..).filter(|new| !new.is_empty()) else { return Ok(()) };
+        // What is finished or broken takes no space.
+        let state = &mut *state;
+        let Some(writer) = state.writer.as_mut() else { return Err(Denied::no_upload()) };
         self.take_space(client, new.len() as u64, quota)?;
         state.bytes += new.len() as u64;
-        let Some(writer) = state.writer.as_mut() else { return Err(Denied::no_upload()) };
         let written = writer.write(new);
         if written.is_err() {
             state.writer = None;
@@ -412,5 +421,23 @@ mod tests {
         let id = hosted.begin(&host, &name(PACK)).unwrap();
         hosted.append(&host, &id, 0, &[4; 50], quota).unwrap();
         assert!(hosted.append(&host, &id, 50, &[4], quota).is_err());
+    }
+
+    #[test]
+    fn nobody_gets_more_or_less_space_than_what_lies_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let hosted = Hosted::make(dir.path()).unwrap();
+        let host = client("one", Right::Append);
+        let used = || hosted.used.load(Ordering::Relaxed);
+        put(&hosted, &host, PACK, &[1; 60]).unwrap();
+        let beat =
+            "coordination/services/0123456789abcdef.00000000000000000001.00000000000000000002";
+        put(&hosted, &host, beat, &[2; 30]).unwrap();
+        hosted.delete(&host, &vec![name(beat); 4]).unwrap();
+        assert_eq!(used(), 60);
+        let id = hosted.begin(&host, &name("packs/cd/cd0123456789abcdef0123456789abcd")).unwrap();
+        hosted.finish(&host, &id, 0).unwrap();
+        assert!(hosted.append(&host, &id, 0, &[3; 50], None).is_err());
+        assert_eq!(used(), 60);
     }
 }

@@ -193,7 +193,17 @@ async fn put_object(
 ) -> Result<StatusCode, Denied> {
     let bytes = length(&headers)?;
     let name = object(of.name)?;
-    let asker = Arc::new(asker);
+    // A client that goes away takes its handler along; what was begun is ended all the same.
+    let whole = tokio::spawn(put_whole(Arc::new(asker), name, bytes, body));
+    whole.await.map_err(|e| Denied::internal(e.to_string()))?
+}
+
+async fn put_whole(
+    asker: Arc<Asker>,
+    name: ObjectName,
+    bytes: u64,
+    body: Body,
+) -> Result<StatusCode, Denied> {
     let beginner = Arc::clone(&asker);
     let id = blocking(move || beginner.hosted.begin(&beginner.client, &name)).await?;
     let received = receive(&asker, &id, 0, bytes, body).await;

@@ -101,6 +101,7 @@ impl Tokens {
             let mut file =
                 options.write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
             file.write_all(text.as_bytes())?;
+            keep_owner(path, &file)?;
             file.sync_all()?;
             std::fs::rename(&beside, path)
         };
@@ -156,6 +157,18 @@ impl Tokens {
     }
 }
 
+/// The server runs as a user of its own, and whoever gives tokens may be root: what replaces the
+/// file belongs to whoever has the file, or the directory of the first one.
+fn keep_owner(path: &Path, file: &std::fs::File) -> std::io::Result<()> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let folder = || std::fs::metadata(parent.unwrap_or(Path::new(".")));
+    let owner = std::fs::metadata(path).or_else(|_| folder())?;
+    if file.metadata()?.uid() == owner.uid() {
+        return Ok(());
+    }
+    std::os::unix::fs::fchown(file, Some(owner.uid()), Some(owner.gid()))
+}
+
 fn parse_hash(text: &str) -> Result<blake3::Hash, String> {
     let hex = text.strip_prefix(HASH_PREFIX).ok_or("a hash begins with blake3:")?;
     blake3::Hash::from_hex(hex).map_err(|e| e.to_string())
@@ -171,17 +184,23 @@ pub struct Watched {
 #[derive(Debug)]
 struct Seen {
     version: Version,
+    /// The state of the file that was last told to be unsound; it is looked at again all the same.
+    refused: Option<Version>,
     tokens: Arc<Tokens>,
 }
 
 /// What tells one state of a file from the next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Version(Option<(u64, i64, i64, u64)>);
+struct Version(Option<(u64, [i64; 4], u64)>);
 
 impl Version {
     fn of(path: &Path) -> Self {
         let about = std::fs::metadata(path).ok();
-        Self(about.map(|file| (file.ino(), file.mtime(), file.mtime_nsec(), file.len())))
+        Self(about.map(|file| {
+            // chmod and chown change the second time only.
+            let times = [file.mtime(), file.mtime_nsec(), file.ctime(), file.ctime_nsec()];
+            (file.ino(), times, file.len())
+        }))
     }
 }
 
@@ -190,7 +209,7 @@ impl Watched {
     pub fn open(path: PathBuf) -> Outcome<Self> {
         let version = Version::of(&path);
         let tokens = Arc::new(Tokens::load(&path)?);
-        Ok(Self { path, seen: Mutex::new(Seen { version, tokens }) })
+        Ok(Self { path, seen: Mutex::new(Seen { version, refused: None, tokens }) })
     }
 
     /// The tokens now. A file that cannot be read lets in whom the last sound one did.
@@ -198,13 +217,16 @@ impl Watched {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let version = Version::of(&self.path);
         if version != seen.version {
-            seen.version = version;
             match Tokens::load(&self.path) {
                 Ok(tokens) => {
                     tracing::info!("the tokens were read again");
-                    seen.tokens = Arc::new(tokens);
+                    *seen = Seen { version, refused: None, tokens: Arc::new(tokens) };
                 }
-                Err(failure) => tracing::error!("the tokens stay as they were: {failure}"),
+                Err(failure) => {
+                    if seen.refused.replace(version) != Some(version) {
+                        tracing::error!("the tokens stay as they were: {failure}");
+                    }
+                }
             }
         }
         Arc::clone(&seen.tokens)

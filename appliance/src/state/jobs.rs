@@ -1,5 +1,6 @@
 //! Job records: what a run is, was, and why it failed.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
@@ -9,10 +10,12 @@ use utoipa::ToSchema;
 
 use super::durable::show_file;
 use super::process::Process;
+use super::proof::{Proof, forgettable};
 use super::{State, replace_file};
 use crate::failure::{Failure, Nature, Outcome, Status};
 
-/// Records of ended jobs that are kept; older ones are removed as new ones end.
+/// Records of ended jobs that are kept; older ones are removed as new ones end, but for the latest
+/// proof of each repository and VM.
 const RECORDS_KEPT_MAX: usize = 1000;
 /// A result longer than this is not kept in the record: a thousand of them have to be read at once.
 const RESULT_BYTES_MAX: usize = 256 << 10;
@@ -432,11 +435,17 @@ fn read_or_warn(path: &Path) -> Option<JobRecord> {
 fn forget_old(state: &State) -> Outcome<()> {
     let paths = paths(state);
     let surplus = paths.len().saturating_sub(RECORDS_KEPT_MAX);
-    for path in &paths[..surplus] {
-        let Some(record) = read_or_warn(path).filter(|record| record.status.is_final()) else {
-            continue;
-        };
-        match std::fs::remove_file(path) {
+    let (old, newer) = paths.split_at(surplus);
+    let is_final = |record: &JobRecord| record.status.is_final();
+    let old: Vec<_> = old.iter().filter_map(|path| read_or_warn(path)).filter(is_final).collect();
+    // All of them are read only where something may have to be kept for them.
+    let later = match old.iter().any(|record| Proof::of(record).is_some()) {
+        true => newer.iter().filter_map(|path| Proof::of(&read_or_warn(path)?)).collect(),
+        false => BTreeSet::new(),
+    };
+    for record in forgettable(&old, later) {
+        let path = side_file(state, &record.job, "json");
+        match std::fs::remove_file(&path) {
             // Another run ended at the same moment.
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                 return Err(Failure::failed(format!("remove {}", path.display()), e));

@@ -19,12 +19,14 @@ pub mod jobs;
 pub mod locks;
 pub mod marks;
 pub mod process;
+mod proof;
 
 use std::path::{Path, PathBuf};
 
 pub use durable::{replace_file, sync_parent};
 pub use intents::IntentLog;
 pub use jobs::{JobId, JobKind, JobRecord, JobState, JobStatus, LibvirtRun};
+pub use proof::Proof;
 
 use crate::failure::{Failure, Outcome};
 

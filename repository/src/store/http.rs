@@ -4,16 +4,20 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use ureq::Agent;
-use ureq::http::{HeaderMap, Request, Response};
+use ureq::http::{HeaderMap, Method, Request, Response};
 use ureq::tls::{PemItem, RootCerts, TlsConfig, TlsProvider, parse_pem};
+use ureq::{Agent, AsSendBody, Proxy};
 
 /// A server that is there answers a connection within this.
 const CONNECT_MAX: Duration = Duration::from_secs(10);
-/// The longest silence in a transfer. Completing a large upload takes some servers half a minute.
-const SILENCE_MAX: Duration = Duration::from_secs(60);
+/// The longest silence in a transfer: a connection that a firewall has forgotten is given up early
+/// enough for other tries.
+const SILENCE_MAX: Duration = Duration::from_secs(20);
+/// The longest wait for the answer to a POST. With it a server does something to what it has already:
+/// completing a large upload takes some of them half a minute.
+const WORK_MAX: Duration = Duration::from_secs(60);
 /// Idle connections kept: those of the uploads, the readers and the heartbeat of one process.
 const IDLE_MAX: usize = 16;
 /// Servers close idle connections, many after 20 s or more; one that is closed costs a retry.
@@ -44,6 +48,8 @@ pub(crate) struct Ask<'a> {
     pub(crate) headers: Vec<(&'static str, String)>,
     /// None for a request that has none, like GET.
     pub(crate) body: Option<&'a [u8]>,
+    /// When the whole of it is given up.
+    pub(crate) until: Option<Instant>,
 }
 
 /// Why there is no answer.
@@ -77,14 +83,16 @@ impl Http {
             .unversioned_rustls_crypto_provider(provider)
             .root_certs(RootCerts::from(roots))
             .build();
+        // In clear only this host may be asked, or one that the user has named so: no proxy.
+        let proxy = uses_tls.then(Proxy::try_from_env).flatten();
         let config = Agent::config_builder()
+            .proxy(proxy)
             .tls_config(tls)
             .http_status_as_error(false)
             .max_redirects(0)
             .max_redirects_will_error(false)
             .user_agent(concat!("icecore/", env!("CARGO_PKG_VERSION")))
             .timeout_connect(Some(CONNECT_MAX))
-            .timeout_recv_response(Some(SILENCE_MAX))
             .timeout_per_read(Some(SILENCE_MAX))
             .timeout_per_write(Some(SILENCE_MAX))
             .max_idle_connections(IDLE_MAX)
@@ -102,10 +110,22 @@ impl Http {
         }
         let impossible = |error: ureq::http::Error| Silence::Impossible(error.to_string());
         let answered = match ask.body {
-            Some(body) => self.agent.run(request.body(body).map_err(impossible)?),
-            None => self.agent.run(request.body(()).map_err(impossible)?),
+            Some(body) => self.run(request.body(body).map_err(impossible)?, ask.until),
+            None => self.run(request.body(()).map_err(impossible)?, ask.until),
         };
         answered.map(|response| Answer { response }).map_err(Silence::from)
+    }
+
+    fn run(
+        &self,
+        request: Request<impl AsSendBody>,
+        until: Option<Instant>,
+    ) -> Result<Response<ureq::Body>, ureq::Error> {
+        let wait = if request.method() == Method::POST { WORK_MAX } else { SILENCE_MAX };
+        let whole = until.map(|until| until.saturating_duration_since(Instant::now()));
+        let configured = self.agent.configure_request(request);
+        let timed = configured.timeout_recv_response(Some(wait)).timeout_global(whole);
+        self.agent.run(timed.build())
     }
 }
 

@@ -28,7 +28,8 @@ pub struct RetryPolicy {
     pub pause_first: Duration,
     /// No pause is longer.
     pub pause_max: Duration,
-    /// No try begins later than this after the first one.
+    /// No try begins later than this after the first one, but that the second try of what was
+    /// answered with silence always may: that alone can take longer.
     pub total_max: Duration,
 }
 
@@ -73,7 +74,8 @@ impl RetryPolicy {
         let longest = self.pause_first.saturating_mul(doubled).min(self.pause_max);
         let half = longest / 2;
         let pause = half + half.mul_f64(f64::from(luck) / f64::from(u32::MAX));
-        (elapsed.saturating_add(pause) <= self.total_max).then_some(pause)
+        let is_second = fault == Fault::Transient && tries == 1;
+        (is_second || elapsed.saturating_add(pause) <= self.total_max).then_some(pause)
     }
 }
 
@@ -117,6 +119,16 @@ mod tests {
             let (now, later) = (pause(Fault::Transient, tries), pause(Fault::Transient, tries + 1));
             prop_assert!(later.is_none_or(|later| Some(later) >= now));
             prop_assert!(pause(Fault::Busy, tries) >= now);
+        }
+
+        #[test]
+        fn a_request_that_met_silence_is_sent_again(waited in 0u64..600, luck in any::<u32>()) {
+            let waited = Duration::from_secs(waited);
+            for policy in [RetryPolicy::KNOWN_SERVER, RetryPolicy::NEW_SERVER] {
+                prop_assert!(policy.pause(Fault::Transient, 1, waited, luck).is_some());
+                let late = policy.pause(Fault::Transient, 2, waited, luck).is_some();
+                prop_assert!(!late || waited <= policy.total_max);
+            }
         }
 
         #[test]

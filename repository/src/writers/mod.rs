@@ -33,6 +33,7 @@ pub use announce::{Announcement, Generation, HEARTBEAT_PERIOD, WriterRecord};
 pub(crate) use fate::Wish;
 pub use life::Life;
 pub(crate) use reserve::RESERVE_OBJECTS;
+pub(crate) use services::is_beat;
 pub use services::{ServiceRecord, ServiceState};
 pub use standing::{PointStanding, Standing};
 pub use watch::Watch;

@@ -57,7 +57,7 @@ type Beat = (u64, u64);
 impl Coordination {
     fn tell_of_service(&self, record: &ServiceRecord) -> Result<()> {
         let mut before = self.service_beats()?.remove(&record.service).unwrap_or_default();
-        let number = before.last().map_or(0, |(_, number)| number + 1);
+        let number = before.last().map_or(0, |(_, number)| number.saturating_add(1));
         let name = beat_name(&record.service, (self.generation()?.0, number))?;
         // Two daemons of one copied state directory are one to others.
         accept_existing(self.put(&name, KIND, record))?;
@@ -95,7 +95,10 @@ impl Coordination {
         let now = self.generation()?.0;
         let all = self.service_beats()?.into_iter();
         let beats = all.flat_map(|(id, beats)| beats.into_iter().map(move |b| (id.clone(), b)));
-        let old = beats.filter(|(_, (generation, _))| generation + GENERATIONS_KEPT < now);
+        let old = beats.filter(|(_, (generation, _))| {
+            // One that lies ahead was made by nobody who has read the generation.
+            *generation > now || now - generation > GENERATIONS_KEPT
+        });
         let names: Result<Vec<_>> = old.map(|(id, beat)| beat_name(&id, beat)).collect();
         Ok(self.store.delete(&names?)?)
     }
@@ -118,6 +121,13 @@ fn parse(name: &str) -> Option<(ServiceId, Beat)> {
     let service = parts.next()?.parse().ok()?;
     let beat = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
     parts.next().is_none().then_some((service, beat))
+}
+
+/// Whether this is what follows [`SERVICES`] in the name of a beat.
+pub(crate) fn is_beat(name: &str) -> bool {
+    let canonical = |(service, beat)| beat_name(&service, beat).ok();
+    let canonical = parse(name).and_then(canonical);
+    canonical.is_some_and(|canonical| canonical.last_part() == name)
 }
 
 fn beat_name(service: &ServiceId, (generation, number): Beat) -> Result<ObjectName> {

@@ -15,9 +15,13 @@ use crate::step::{Result, captured, cargo, cargo_target, program, shown, target,
 use tree::{Mode, Tree};
 
 /// Files of the workspace, as they are.
-const FILES: [(&str, &str); 7] = [
+const FILES: [(&str, &str); 8] = [
     ("packaging/debian/icecore.toml", "etc/icecore/icecore.toml"),
     ("packaging/icecore.service", "lib/systemd/system/icecore.service"),
+    (
+        "packaging/icecore-repo-server.service",
+        "usr/share/doc/icecore/examples/icecore-repo-server.service",
+    ),
     ("packaging/icecore.toml", "usr/share/doc/icecore/examples/icecore.toml"),
     ("packaging/monitoring/alerts.yml", "usr/share/doc/icecore/examples/monitoring/alerts.yml"),
     ("packaging/monitoring/grafana.json", "usr/share/doc/icecore/examples/monitoring/grafana.json"),

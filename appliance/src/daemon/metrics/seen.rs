@@ -9,7 +9,10 @@ use super::text::Text;
 use crate::commands::quota::{self, QuotaRow};
 use crate::commands::vm::{self, VmRow};
 use crate::context::Context;
-use crate::state::{JobKind, JobRecord, JobState, jobs};
+use crate::state::{JobRecord, Proof, jobs};
+
+/// The time of a proof that there is not: alerts on age see it as very old.
+const NEVER: Timestamp = Timestamp::UNIX_EPOCH;
 
 /// What configured repositories hold and what this host's records tell.
 #[derive(Debug)]
@@ -57,7 +60,9 @@ impl Seen {
         let within = |repository: &&OfRepository| repository.facts.is_some();
         let names = repositories.iter().filter(within).map(|r| r.name.as_str()).collect();
         let vms = vm::rows(context, Some(names)).unwrap_or_default();
-        let proofs = Proofs::of(&jobs::all(&context.state));
+        let places = context.config.repository.keys();
+        let places = places.filter_map(|name| context.repository_name(name).ok()).collect();
+        let proofs = Proofs::of(&jobs::all(&context.state), places, &vms);
         let schedules = context.config.schedule.keys().cloned().collect();
         Self { at: Timestamp::now(), vms, repositories, quotas, proofs, schedules }
     }
@@ -133,21 +138,20 @@ impl Seen {
 }
 
 impl Proofs {
-    /// Records come oldest first: the last one counts.
-    fn of(records: &[JobRecord]) -> Self {
-        let mut proofs = Self::default();
-        for record in records.iter().filter(|record| record.state(false) == JobState::Succeeded) {
+    /// Of what the configuration and the repositories name; never proven until a record tells it.
+    fn of(records: &[JobRecord], repositories: Vec<String>, vms: &[VmRow]) -> Self {
+        let with_points = vms.iter().filter(|row| row.last_point_at.is_some());
+        let mut proofs = Self {
+            checked: repositories.into_iter().map(|place| (place, NEVER)).collect(),
+            restored: with_points.map(|row| (row.vm.clone(), NEVER)).collect(),
+        };
+        // Records come oldest first: the last one counts.
+        for record in records {
             let at = record.ended_at.unwrap_or(record.started_at);
-            match record.kind {
-                JobKind::Check => {
-                    proofs.checked.insert(record.repository.clone(), at);
-                }
-                JobKind::Restore => {
-                    if let Some(vm) = verified_vm(record) {
-                        proofs.restored.insert(vm, at);
-                    }
-                }
-                JobKind::Backup | JobKind::Rollback | JobKind::Gc | JobKind::Copy => {}
+            match Proof::of(record) {
+                Some(Proof::Checked(repository)) => drop(proofs.checked.insert(repository, at)),
+                Some(Proof::Restored(vm)) => drop(proofs.restored.insert(vm, at)),
+                None => {}
             }
         }
         proofs
@@ -155,59 +159,16 @@ impl Proofs {
 
     fn write(&self, text: &mut Text) {
         let name = "icecore_last_check_timestamp_seconds";
-        text.family(name, "gauge", "When a check on this host last found nothing wrong.");
+        let help = "When a check with data on this host last found nothing wrong; 0 for never.";
+        text.family(name, "gauge", help);
         for (repository, at) in &self.checked {
             text.line(name, &[("path", repository)], at.as_second() as f64);
         }
         let name = "icecore_last_verified_restore_timestamp_seconds";
-        text.family(name, "gauge", "When a restore of the VM on this host was last proven whole.");
+        let help = "When a restore of the VM on this host was last proven whole; 0 for never.";
+        text.family(name, "gauge", help);
         for (vm, at) in &self.restored {
             text.line(name, &[("vm", vm)], at.as_second() as f64);
         }
-    }
-}
-
-/// The VM of a restore whose every disk was proven.
-fn verified_vm(record: &JobRecord) -> Option<String> {
-    let result = record.result.as_ref()?;
-    let disks = result["disks"].as_array().filter(|disks| !disks.is_empty())?;
-    let all = disks.iter().all(|disk| disk["root_verified"] == true);
-    all.then(|| result["vm"].as_str().map(ToOwned::to_owned)).flatten()
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-    use crate::state::JobId;
-
-    fn ended(kind: JobKind, second: i64, result: serde_json::Value) -> JobRecord {
-        let at = Timestamp::from_second(second).unwrap();
-        let mut record = JobRecord::new(JobId::new(at).unwrap(), kind, "/r", at);
-        (record.ended, record.ended_at) = (Some(JobState::Succeeded), Some(at));
-        record.result = Some(result);
-        record
-    }
-
-    #[test]
-    fn only_a_restore_whose_every_disk_is_proven_counts() {
-        let restore = |second, roots: &[bool]| {
-            let disks: Vec<_> = roots.iter().map(|root| json!({ "root_verified": root })).collect();
-            ended(JobKind::Restore, second, json!({ "vm": "web", "disks": disks }))
-        };
-        let records = [
-            restore(1, &[true, true]),
-            restore(2, &[true, false]),
-            restore(3, &[]),
-            ended(JobKind::Check, 4, json!({})),
-        ];
-        let proofs = Proofs::of(&records);
-        let at = |second| Timestamp::from_second(second).unwrap();
-        assert_eq!(proofs.restored, BTreeMap::from([("web".to_owned(), at(1))]));
-        assert_eq!(proofs.checked, BTreeMap::from([("/r".to_owned(), at(4))]));
-        let mut failed = ended(JobKind::Check, 5, json!({}));
-        failed.ended = Some(JobState::Failed);
-        assert_eq!(Proofs::of(&[failed]), Proofs::default());
     }
 }

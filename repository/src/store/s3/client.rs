@@ -28,6 +28,8 @@ pub(super) struct Request<'a> {
     pub(super) query: Vec<(&'static str, String)>,
     pub(super) headers: Vec<(&'static str, String)>,
     pub(super) body: Option<&'a [u8]>,
+    /// From then on nothing of it is sent or waited for.
+    pub(super) until: Option<Instant>,
 }
 
 /// Why a request failed for good.
@@ -177,14 +179,21 @@ impl Client {
         mut take: impl FnMut(Answer) -> Result<T, Trouble>,
     ) -> Result<T, Failed> {
         let begun = Instant::now();
+        let left = || request.until.map(|until| until.saturating_duration_since(Instant::now()));
         let mut tries = 0;
+        if left().is_some_and(|left| left.is_zero()) {
+            let why = "there was no time left to ask".to_owned();
+            return Err(Failed { trouble: Silence::Impossible(why).into(), tries });
+        }
         loop {
             tries += 1;
             let trouble = match self.once(charge, request).and_then(&mut take) {
                 Ok(taken) => return Ok(taken),
                 Err(trouble) => trouble,
             };
-            let Some(pause) = self.pause(&trouble, tries, begun.elapsed()) else {
+            let pause = self.pause(&trouble, tries, begun.elapsed());
+            let in_time = |pause: &Duration| left().is_none_or(|left| *pause < left);
+            let Some(pause) = pause.filter(in_time) else {
                 return Err(Failed { trouble, tries });
             };
             tracing::debug!(
@@ -276,6 +285,6 @@ impl Client {
         let query = sign::query(&query);
         let mark = if query.is_empty() { "" } else { "?" };
         let url = format!("{}://{authority}{path}{mark}{query}", settings.scheme);
-        Ask { method: request.method, url, headers, body: request.body }
+        Ask { method: request.method, url, headers, body: request.body, until: request.until }
     }
 }

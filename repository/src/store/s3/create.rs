@@ -46,7 +46,7 @@ impl Shared {
     fn try_creation(&self) -> Result<Creation, Failed> {
         let key = self.key(&format!("{OWN}conditional-put"));
         for _ in 0..2 {
-            match self.put_key(&key, b"", true) {
+            match self.put_key(&key, b"", true, None) {
                 Ok(_) => {}
                 Err(failed) if failed.has_status(412) => return Ok(Creation::Conditional),
                 Err(failed) if failed.has_status(501) || failed.has_code("NotImplemented") => {
@@ -64,6 +64,7 @@ impl Shared {
         key: &str,
         bytes: &[u8],
         only_if_new: bool,
+        until: Option<Instant>,
     ) -> Result<Option<String>, Failed> {
         let headers =
             if only_if_new { vec![("if-none-match", "*".to_owned())] } else { Vec::new() };
@@ -72,6 +73,7 @@ impl Shared {
             key: key.to_owned(),
             headers,
             body: Some(bytes),
+            until,
             ..Request::default()
         };
         self.client.call(Charge::Write, &request, |good| Ok(tag(&good)))
@@ -81,8 +83,10 @@ impl Shared {
     pub(super) fn create_small(&self, name: &ObjectName, bytes: &[u8]) -> Result<(), StoreError> {
         let key = self.key(name.as_str());
         let put = match self.creation()? {
-            Creation::Conditional => self.put_key(&key, bytes, true),
-            Creation::Locked => self.locked(name, || self.put_key(&key, bytes, false))?,
+            Creation::Conditional => self.put_key(&key, bytes, true, None),
+            Creation::Locked => {
+                self.locked(name, |until| self.put_key(&key, bytes, false, Some(until)))?
+            }
         };
         match put {
             Ok(tag) => self.check_tag(name, bytes, tag.as_deref()),
@@ -132,7 +136,7 @@ impl Shared {
     fn locked<T>(
         &self,
         name: &ObjectName,
-        operation: impl Fn() -> Result<T, Failed>,
+        operation: impl Fn(Instant) -> Result<T, Failed>,
     ) -> Result<Result<T, Failed>, StoreError> {
         let begun = Instant::now();
         let mut contest = Contest::default();
@@ -144,7 +148,7 @@ impl Shared {
             let own = format!("{locks}{:016x}", u64::from_le_bytes(self.random()?));
             let held_since = Instant::now();
             let failed = |failed| self.failed("lock", name.as_str(), &failed);
-            self.put_key(&own, b"", false).map_err(failed)?;
+            self.put_key(&own, b"", false, None).map_err(failed)?;
             let listed = self.keys(&locks).map_err(failed)?;
             let seen: Vec<String> = listed.into_iter().map(|(key, _)| key).collect();
             match contest.look(&own, &seen, begun.elapsed()) {
@@ -169,10 +173,11 @@ impl Shared {
         name: &ObjectName,
         own: &str,
         held_since: Instant,
-        operation: impl Fn() -> Result<T, Failed>,
+        operation: impl Fn(Instant) -> Result<T, Failed>,
     ) -> Result<Result<T, Failed>, StoreError> {
-        let is_free = self.length(name)?.is_none();
-        let done = is_free.then(operation);
+        let until = held_since + lock::LEASE;
+        let is_free = self.length_until(name, Some(until))?.is_none();
+        let done = is_free.then(|| operation(until));
         let is_unknown = matches!(&done, Some(Err(failed)) if failed.may_have_happened());
         if !is_unknown {
             // A lock whose request may still be carried out stays until others lose patience.
@@ -216,11 +221,14 @@ impl Shared {
         bytes: u64,
     ) -> Result<(), StoreError> {
         let completed = match self.creation()? {
-            Creation::Locked => self.locked(name, || self.complete_once(name, id, list, false))?,
+            Creation::Locked => {
+                let complete = |until| self.complete_once(name, id, list, Some(until));
+                self.locked(name, complete)?
+            }
             // Not every server that knows the condition of a PUT knows it here. The names of large
             // objects are drawn at random, so that nobody creates the same one just now.
             Creation::Conditional if self.length(name)?.is_some() => return Err(self.taken(name)),
-            Creation::Conditional => self.complete_once(name, id, list, true),
+            Creation::Conditional => self.complete_once(name, id, list, None),
         };
         let Err(failed) = completed else { return Ok(()) };
         let may_be_ours = failed.tries > 1 && (failed.has_status(404) || failed.has_status(412));
@@ -243,15 +251,17 @@ impl Shared {
         name: &ObjectName,
         id: &str,
         list: &[u8],
-        only_if_new: bool,
+        until: Option<Instant>,
     ) -> Result<(), Failed> {
-        let condition = only_if_new.then(|| ("if-none-match", "*".to_owned()));
+        // Under a lock the server does not know conditions.
+        let condition = until.is_none().then(|| ("if-none-match", "*".to_owned()));
         let request = Request {
             method: "POST",
             key: self.key(name.as_str()),
             query: vec![("uploadId", id.to_owned())],
             headers: condition.into_iter().collect(),
             body: Some(list),
+            until,
         };
         self.client.call(Charge::Write, &request, |good| {
             match answer::error_within(&good.body(ANSWER_BYTES_MAX)?) {

@@ -8,8 +8,8 @@
 //! what was put before.
 //!
 //! Whoever dies leaves his lock. Others remove one that they have seen for [`PATIENCE`], each by his
-//! own clock; a holder asks for nothing more once it has held its lock for [`LEASE`], and reports
-//! failure when its request took longer. What remains is a server that carries a request out more
+//! own clock; a holder sends nothing and waits for nothing once it has held its lock for [`LEASE`], and
+//! then reports failure. What remains is a server that carries a request out more
 //! than `PATIENCE - LEASE` after the connection was given up.
 
 use std::collections::BTreeMap;

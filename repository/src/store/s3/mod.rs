@@ -18,6 +18,7 @@ mod sign;
 mod upload;
 
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use md5::{Digest, Md5};
 
@@ -33,6 +34,7 @@ use super::traffic::Charge;
 use super::{
     Access, ObjectEntry, ObjectName, ObjectWriter, Store, StoreError, StoreErrorKind, Traffic,
 };
+use crate::names;
 
 /// Listings have at most 1,000 entries of some hundred bytes.
 const ANSWER_BYTES_MAX: u64 = 16 << 20;
@@ -40,6 +42,8 @@ const ANSWER_BYTES_MAX: u64 = 16 << 20;
 const BATCH_MAX: usize = 1000;
 /// So few names are deleted one by one, in their order.
 const SINGLY_MAX: usize = 4;
+/// What becomes an object so large that it is uploaded in parts.
+const UPLOADED: [&str; 4] = [names::PACKS, names::RUNS, names::POINTS, names::RECEIPTS];
 /// Where what is no object lies.
 const OWN: &str = ".icecore/";
 
@@ -208,8 +212,16 @@ impl Shared {
 
     /// Length of an object, if there is one.
     fn length(&self, name: &ObjectName) -> Result<Option<u64>, StoreError> {
+        self.length_until(name, None)
+    }
+
+    fn length_until(
+        &self,
+        name: &ObjectName,
+        until: Option<Instant>,
+    ) -> Result<Option<u64>, StoreError> {
         let key = self.key(name.as_str());
-        let request = Request { method: "HEAD", key, ..Request::default() };
+        let request = Request { method: "HEAD", key, until, ..Request::default() };
         let length = self.client.call(Charge::Read, &request, |good| {
             good.length().ok_or_else(|| Trouble::Nonsense("it gave no length".to_owned()))
         });
@@ -306,6 +318,12 @@ impl Shared {
         Ok(keys)
     }
 
+    /// Whether an upload may be of this repository: others may have theirs in the same bucket.
+    fn may_be_ours(&self, key: &str) -> bool {
+        let name = key.strip_prefix(&self.root);
+        name.is_some_and(|name| UPLOADED.iter().any(|prefix| name.starts_with(prefix)))
+    }
+
     fn unfinished(&self) -> Result<Vec<Upload>, Failed> {
         let mut found = Vec::new();
         let mut mark: Option<String> = None;
@@ -330,7 +348,7 @@ impl Shared {
             mark = page.next;
             if mark.is_none() {
                 // Not every server looks at the prefix.
-                found.retain(|upload| upload.key.starts_with(&self.root));
+                found.retain(|upload| self.may_be_ours(&upload.key));
                 return Ok(found);
             }
         }

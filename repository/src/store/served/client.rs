@@ -9,7 +9,7 @@ use std::time::Instant;
 use serde::de::DeserializeOwned;
 
 use super::{BYTES_HEADER, ERROR_HEADER, ServerAddress, kind_of, object_path};
-use crate::store::http::{self, Ask, CA_VARIABLE, Http, Silence};
+use crate::store::http::{Answer, Ask, CA_VARIABLE, Http, Silence};
 use crate::store::retry::{Fault, RetryPolicy};
 use crate::store::{ObjectName, StoreError, StoreErrorKind};
 
@@ -17,6 +17,8 @@ use crate::store::{ObjectName, StoreError, StoreErrorKind};
 const TOKEN_VARIABLE: &str = "ICECORE_REPO_TOKEN_FILE";
 /// A longer file holds something else.
 const TOKEN_BYTES_MAX: u64 = 4096;
+/// The longest answer to a listing: ten thousand names of the longest kind.
+const DOCUMENT_BYTES_MAX: u64 = 4 << 20;
 /// What a server says of an error, at most.
 const REASON_BYTES_MAX: u64 = 4096;
 /// Bytes of an object that are compared at once.
@@ -70,14 +72,6 @@ enum Attempt {
     Silent(Fault, String),
 }
 
-/// An answer whose body may still come.
-pub(super) struct Answer<'a> {
-    client: &'a Client,
-    action: &'static str,
-    object: &'a str,
-    answer: http::Answer,
-}
-
 impl Client {
     pub(super) fn new(address: &ServerAddress) -> Result<Self, StoreError> {
         let location = address.to_string();
@@ -118,18 +112,42 @@ impl Client {
         StoreError::new(kind, action, object, &self.shared.location, reason)
     }
 
-    /// Asks, again and again where that may help; every request of this protocol may be repeated.
-    /// The answer's body is another matter.
-    pub(super) fn ask<'a>(
-        &'a self,
+    /// Asks for at most `bytes_max`, again and again where that may help; every request of this
+    /// protocol may be repeated.
+    pub(super) fn ask(
+        &self,
         action: &'static str,
-        object: &'a str,
+        object: &str,
         method: &'static str,
         path: &str,
-        body: Body<'_>,
-    ) -> Result<Answer<'a>, StoreError> {
-        let asked = self.repeat(action, object, || self.once(action, object, method, path, &body));
+        bytes_max: u64,
+    ) -> Result<Vec<u8>, StoreError> {
+        let body = if method == "POST" { Body::Empty } else { Body::None };
+        let asked = self.repeat(action, object, || {
+            let answer = self.send(action, object, method, path, &body, None)?;
+            if let Some(bytes) = answer.length().filter(|bytes| *bytes > bytes_max) {
+                let reason = format!("it has {bytes} bytes where at most {bytes_max} are possible");
+                let kind = StoreErrorKind::Corrupt;
+                return Err(Attempt::Refused(self.error(kind, action, object, reason)));
+            }
+            Ok(answer.body(bytes_max)?)
+        });
         asked.map_err(|failed| failed.error)
+    }
+
+    /// As [`ask`](Self::ask), for a document.
+    pub(super) fn ask_document<T: DeserializeOwned>(
+        &self,
+        action: &'static str,
+        object: &str,
+        method: &'static str,
+        path: &str,
+    ) -> Result<T, StoreError> {
+        let body = self.ask(action, object, method, path, DOCUMENT_BYTES_MAX)?;
+        serde_json::from_slice(&body).map_err(|error| {
+            let reason = format!("the answer is not one of a repository server: {error}");
+            self.error(StoreErrorKind::Io, action, object, reason)
+        })
     }
 
     /// As [`ask`](Self::ask), for what has no answer but success.
@@ -155,8 +173,8 @@ impl Client {
     ) -> Result<(), Failed> {
         self.repeat(action, object, || {
             // Read to its end, so that the connection can be used again.
-            let answer = self.once(action, object, method, path, &body)?;
-            answer.answer.body(REASON_BYTES_MAX).map(drop).map_err(Attempt::from)
+            let answer = self.send(action, object, method, path, &body, None)?;
+            answer.body(REASON_BYTES_MAX).map(drop).map_err(Attempt::from)
         })
     }
 
@@ -164,16 +182,21 @@ impl Client {
     pub(super) fn mention(&self, method: &'static str, path: &str) {
         let url = format!("{}{path}", self.shared.base);
         let headers = vec![("authorization", self.shared.authorization.clone())];
-        if let Ok(answer) = self.shared.http.send(&Ask { method, url, headers, body: None }) {
+        if let Ok(answer) =
+            self.shared.http.send(&Ask { method, url, headers, body: None, until: None })
+        {
             let _ = answer.body(REASON_BYTES_MAX);
         }
     }
 
     pub(super) fn len(&self, name: &ObjectName) -> Result<u64, StoreError> {
         let (action, object) = ("look at", name.as_str());
-        let answer = self.ask(action, object, "HEAD", &object_path(name), Body::None)?;
-        let bytes = answer.answer.header(BYTES_HEADER).and_then(|bytes| bytes.parse().ok());
-        bytes.ok_or_else(|| {
+        let path = object_path(name);
+        let answered = self.repeat(action, object, || {
+            let answer = self.send(action, object, "HEAD", &path, &Body::None, None)?;
+            Ok(answer.header(BYTES_HEADER).and_then(|bytes| bytes.parse().ok()))
+        });
+        answered.map_err(|failed| failed.error)?.ok_or_else(|| {
             let reason = "the answer is not one of an Icecore repository server";
             self.error(StoreErrorKind::Io, action, object, reason)
         })
@@ -191,13 +214,12 @@ impl Client {
         let read = self.repeat(action, object, || {
             let range = Some(format!("bytes={offset}-{last}"));
             let answer = self.send(action, object, "GET", &path, &Body::None, range)?;
-            if answer.answer.status() != 206 || answer.answer.length() != Some(buffer.len() as u64)
-            {
+            if answer.status() != 206 || answer.length() != Some(buffer.len() as u64) {
                 let reason = "the server's answer is not the range that was asked for";
                 let kind = StoreErrorKind::Io;
                 return Err(Attempt::Refused(self.error(kind, action, object, reason)));
             }
-            answer.answer.fill(buffer).map_err(Attempt::from)
+            answer.fill(buffer).map_err(Attempt::from)
         });
         read.map_err(|failed| failed.error)
     }
@@ -260,26 +282,15 @@ impl Client {
         Err(Failed { error, may_have_worked })
     }
 
-    fn once<'a>(
-        &'a self,
+    fn send(
+        &self,
         action: &'static str,
-        object: &'a str,
-        method: &'static str,
-        path: &str,
-        body: &Body<'_>,
-    ) -> Result<Answer<'a>, Attempt> {
-        self.send(action, object, method, path, body, None)
-    }
-
-    fn send<'a>(
-        &'a self,
-        action: &'static str,
-        object: &'a str,
+        object: &str,
         method: &'static str,
         path: &str,
         body: &Body<'_>,
         range: Option<String>,
-    ) -> Result<Answer<'a>, Attempt> {
+    ) -> Result<Answer, Attempt> {
         let refused =
             |kind, reason: String| Attempt::Refused(self.error(kind, action, object, reason));
         let mut headers = vec![("authorization", self.shared.authorization.clone())];
@@ -294,14 +305,14 @@ impl Client {
             }
         };
         let url = format!("{}{path}", self.shared.base);
-        let answer = match self.shared.http.send(&Ask { method, url, headers, body }) {
+        let answer = match self.shared.http.send(&Ask { method, url, headers, body, until: None }) {
             Err(Silence::Untrusted(why)) => return Err(refused(StoreErrorKind::Credentials, why)),
             other => other?,
         };
         self.shared.known.store(true, Ordering::Relaxed);
         let status = answer.status();
         if (200..300).contains(&status) {
-            return Ok(Answer { client: self, action, object, answer });
+            return Ok(answer);
         }
         let kind = answer.header(ERROR_HEADER).and_then(kind_of);
         let reason = answer.body(REASON_BYTES_MAX).unwrap_or_default();
@@ -334,50 +345,6 @@ impl From<Silence> for Attempt {
             Silence::Broken(why) => Self::Silent(Fault::Transient, why),
             Silence::Impossible(why) | Silence::Untrusted(why) => Self::Silent(Fault::Final, why),
         }
-    }
-}
-
-impl Answer<'_> {
-    fn broken(&self, reason: String) -> StoreError {
-        self.client.error(StoreErrorKind::Io, self.action, self.object, reason)
-    }
-
-    /// The whole body, which is small.
-    pub(super) fn body(self, bytes_max: u64) -> Result<Vec<u8>, StoreError> {
-        let Self { client, action, object, answer } = self;
-        let body = answer.body(bytes_max);
-        body.map_err(|silence| {
-            let reason = format!("the answer broke off: {silence:?}");
-            client.error(StoreErrorKind::Io, action, object, reason)
-        })
-    }
-
-    /// The body as a document.
-    pub(super) fn json<T: DeserializeOwned>(self, bytes_max: u64) -> Result<T, StoreError> {
-        let (client, action, object) = (self.client, self.action, self.object);
-        let body = self.body(bytes_max)?;
-        serde_json::from_slice(&body).map_err(|error| {
-            let reason = format!("the answer is not one of a repository server: {error}");
-            client.error(StoreErrorKind::Io, action, object, reason)
-        })
-    }
-
-    /// The body as an object of at most so many bytes.
-    pub(super) fn object(self, bytes_max: u64) -> Result<Vec<u8>, StoreError> {
-        let Some(bytes) = self.answer.length() else {
-            return Err(self.broken("the server does not tell its length".to_owned()));
-        };
-        if bytes > bytes_max {
-            let reason = format!("it has {bytes} bytes where at most {bytes_max} are possible");
-            let kind = StoreErrorKind::Corrupt;
-            return Err(self.client.error(kind, self.action, self.object, reason));
-        }
-        let (client, action, object) = (self.client, self.action, self.object);
-        let content = self.body(bytes)?;
-        if content.len() as u64 == bytes {
-            return Ok(content);
-        }
-        Err(client.error(StoreErrorKind::Io, action, object, "the answer broke off"))
     }
 }
 

@@ -27,8 +27,6 @@ pub const OBJECT_PUT_BYTES_MAX: usize = 4 << 20;
 
 /// Names in one request to delete.
 const NAMES_MAX: usize = 500;
-/// The longest answer to a listing: ten thousand names of the longest kind.
-const LISTING_BYTES_MAX: u64 = 4 << 20;
 
 /// An answer to `GET …/list`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -102,8 +100,7 @@ impl ServedStore {
     /// else what the server or the network says.
     pub fn open(address: &ServerAddress, access: Access) -> Result<Self, StoreError> {
         let client = Client::new(address)?;
-        let about = client.ask("open", "the repository", "GET", "", Body::None)?;
-        about.body(OBJECT_PUT_BYTES_MAX as u64)?;
+        client.ask("open", "the repository", "GET", "", OBJECT_PUT_BYTES_MAX as u64)?;
         Ok(Self { client, access })
     }
 
@@ -137,10 +134,6 @@ impl ServedStore {
         })?;
         self.client.tell(action, about, "POST", path, Body::Json(&document))
     }
-
-    fn is_ours(&self, name: &ObjectName, bytes: u64, hash: &blake3::Hash) -> bool {
-        self.client.holds(name, bytes, hash).unwrap_or(false)
-    }
 }
 
 fn object_path(name: &ObjectName) -> String {
@@ -155,8 +148,7 @@ impl Store for ServedStore {
     fn create(&self, name: &ObjectName) -> Result<Box<dyn ObjectWriter>, StoreError> {
         self.must_be_writable("create", name.as_str())?;
         let path = format!("/uploads?name={name}");
-        let answer = self.client.ask("create", name.as_str(), "POST", &path, Body::Empty)?;
-        let started: Started = answer.json(LISTING_BYTES_MAX)?;
+        let started: Started = self.client.ask_document("create", name.as_str(), "POST", &path)?;
         let path = format!("/uploads/{}", started.upload);
         Ok(Box::new(Upload {
             store: Self { client: self.client.clone(), access: self.access },
@@ -181,7 +173,7 @@ impl Store for ServedStore {
         match put {
             // An earlier try of ours may have made it.
             Err(failed) if failed.may_have_worked && failed.error.already_exists() => {
-                if self.is_ours(name, bytes.len() as u64, &blake3::hash(bytes)) {
+                if self.client.holds(name, bytes.len() as u64, &blake3::hash(bytes))? {
                     Ok(())
                 } else {
                     Err(failed.error)
@@ -208,9 +200,7 @@ impl Store for ServedStore {
     }
 
     fn read(&self, name: &ObjectName, bytes_max: u64) -> Result<Vec<u8>, StoreError> {
-        let answer =
-            self.client.ask("read", name.as_str(), "GET", &object_path(name), Body::None)?;
-        answer.object(bytes_max)
+        self.client.ask("read", name.as_str(), "GET", &object_path(name), bytes_max)
     }
 
     fn list(&self, prefix: &str) -> Result<Vec<ObjectEntry>, StoreError> {
@@ -218,8 +208,7 @@ impl Store for ServedStore {
         loop {
             let after = found.last().map(|entry| format!("&after={}", entry.name));
             let path = format!("/list?prefix={prefix}{}", after.unwrap_or_default());
-            let answer = self.client.ask("list", prefix, "GET", &path, Body::None)?;
-            let listing: Listing = answer.json(LISTING_BYTES_MAX)?;
+            let listing: Listing = self.client.ask_document("list", prefix, "GET", &path)?;
             for (name, bytes) in listing.entries {
                 let name = ObjectName::new(name).map_err(|error| {
                     self.client.error(StoreErrorKind::Io, "list", prefix, error.to_string())
@@ -255,8 +244,7 @@ impl Store for ServedStore {
 
     fn leftovers(&self) -> Result<Vec<String>, StoreError> {
         let about = "unfinished objects";
-        let answer = self.client.ask("list", about, "GET", "/leftovers", Body::None)?;
-        Ok(answer.json::<Names>(LISTING_BYTES_MAX)?.names)
+        Ok(self.client.ask_document::<Names>("list", about, "GET", "/leftovers")?.names)
     }
 
     fn remove_leftovers(&self, leftovers: &[String]) -> Result<(), StoreError> {
@@ -330,8 +318,11 @@ impl ObjectWriter for Upload {
         match client.try_tell("publish", object, "POST", &path, Body::Empty) {
             Ok(()) => {}
             // The answer was lost, and then the server did not know of it any more.
-            Err(Failed { may_have_worked: true, .. })
-                if self.store.is_ours(&self.name, self.sent, &self.hasher.finalize()) => {}
+            Err(Failed { may_have_worked: true, error }) => {
+                if !client.holds(&self.name, self.sent, &self.hasher.finalize()).unwrap_or(false) {
+                    return Err(error);
+                }
+            }
             Err(failed) => return Err(failed.error),
         }
         self.state = UploadState::Finished;

@@ -121,7 +121,9 @@ impl SftpFileSystem {
     }
 
     fn must_be_directory(&self) -> io::Result<()> {
-        if self.looking(|server| server.look(self.address.path()))?.is_directory() {
+        // So written, a link to a directory is followed, as a local path of a repository is.
+        let itself = format!("{}/.", self.address.path());
+        if self.looking(|server| server.look(&itself))?.is_directory() {
             return Ok(());
         }
         Err(io::Error::new(io::ErrorKind::NotADirectory, "it is no directory"))
