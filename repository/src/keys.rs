@@ -243,7 +243,9 @@ impl Repository {
         }
         if !known.iter().any(|(other, key)| other != id && key.is_ok()) {
             return Err(Error::Refused {
-                what: format!("without key {id} nothing would open it, and nobody read its points"),
+                what: format!(
+                    "key {id} is the only one that opens it; nobody could read its points"
+                ),
                 advice: "add another one with `icecore repo key add` first",
             });
         }
