@@ -318,12 +318,6 @@ impl Shared {
         Ok(keys)
     }
 
-    /// Whether an upload may be of this repository: others may have theirs in the same bucket.
-    fn may_be_ours(&self, key: &str) -> bool {
-        let name = key.strip_prefix(&self.root);
-        name.is_some_and(|name| UPLOADED.iter().any(|prefix| name.starts_with(prefix)))
-    }
-
     fn unfinished(&self) -> Result<Vec<Upload>, Failed> {
         let mut found = Vec::new();
         let mut mark: Option<String> = None;
@@ -348,11 +342,18 @@ impl Shared {
             mark = page.next;
             if mark.is_none() {
                 // Not every server looks at the prefix.
-                found.retain(|upload| self.may_be_ours(&upload.key));
+                found.retain(|upload| may_be_of(&self.root, &upload.key));
                 return Ok(found);
             }
         }
     }
+}
+
+/// Whether an upload may be of the repository whose keys begin with `root`: others may have theirs in
+/// the same bucket.
+fn may_be_of(root: &str, key: &str) -> bool {
+    let name = key.strip_prefix(root);
+    name.is_some_and(|name| UPLOADED.iter().any(|prefix| name.starts_with(prefix)))
 }
 
 fn base64(bytes: &[u8]) -> String {
@@ -451,5 +452,20 @@ impl Store for S3Store {
 
     fn traffic(&self) -> Option<Traffic> {
         Some(self.shared.client.meter.read())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::may_be_of;
+
+    #[test]
+    fn uploads_of_others_in_the_bucket_are_not_ours() {
+        assert!(may_be_of("", "packs/ab/x") && may_be_of("site/", "site/points/x"));
+        for other in ["site2/packs/ab/x", "film.mkv", "site/packs/ab/x"] {
+            assert!(!may_be_of("", other), "{other}");
+        }
+        assert!(!may_be_of("site/", "site/two/packs/ab/x"));
+        assert!(!may_be_of("site/", "packs/ab/x"));
     }
 }
