@@ -6,6 +6,7 @@
 use std::fmt;
 
 use icecore_repository::Error as RepositoryError;
+use icecore_repository::store::StoreErrorKind;
 
 /// Exit statuses of the command, a contract with scripts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,6 +107,9 @@ impl Failure {
             RepositoryError::Refused { .. }
             | RepositoryError::InitRefused { .. }
             | RepositoryError::OverLimit { .. } => Status::Refused,
+            RepositoryError::Store(error) if error.kind() == StoreErrorKind::Locked => {
+                Status::Refused
+            }
             RepositoryError::NotARepository { .. }
             | RepositoryError::NotFound { .. }
             | RepositoryError::Ambiguous { .. }

@@ -128,6 +128,7 @@ fn row_of_job(context: &Context, record: JobRecord) -> PointRow {
         failure_reason: (status == "error").then(|| record.failure_reason.unwrap_or_else(died)),
         disks: Vec::new(),
         protected: false,
+        locked_until: None,
         job: Some(record.job.to_string()),
     }
 }

@@ -86,6 +86,9 @@ pub struct PointRow {
     pub failure_reason: Option<String>,
     pub disks: Vec<PointDiskRow>,
     pub protected: bool,
+    /// Until then nobody deletes it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub locked_until: Option<Timestamp>,
     pub job: Option<String>,
 }
 
@@ -124,6 +127,7 @@ impl PointRow {
             failure_reason: None,
             disks: point.disks.iter().map(|disk| disk_row(point, disk)).collect(),
             protected,
+            locked_until: point.lock.map(|lock| lock.until),
             job: None,
         }
     }
@@ -152,6 +156,7 @@ impl PointRow {
             failure_reason: Some(damage.to_string()),
             disks: Vec::new(),
             protected: false,
+            locked_until: None,
             job: None,
         }
     }

@@ -9,6 +9,7 @@ use crate::dedup::{DedupIndex, LazyDedup, SAVED_PACKS_MAX, SAVED_POINTS_MAX};
 use crate::encoder::Encoders;
 use crate::envelope::Kind;
 use crate::error::{Damage, DamageKind, Error, Result};
+use crate::extend::{Inherited, Own, lock_reached};
 use crate::ids::{ChainId, DiskId, PackId, PointId, VmName, WriterId};
 use crate::manifest::{self, Receipt};
 use crate::map::{Below, MapView, RunDraft, RunReader, fold, merge_count};
@@ -18,7 +19,7 @@ use crate::reader::open_runs;
 use crate::repository::{Inner, Repository, random};
 use crate::session::{FinishedDisk, Session};
 use crate::sink::{DiskSink, DiskStart, DiskWriter, Inheritance, Parent, ParentCursor};
-use crate::store::{StoreError, StoreErrorKind};
+use crate::store::{ObjectLock, StoreError, StoreErrorKind};
 use crate::writers::{Announcement, Generation, Life, WriterRecord, accept_existing};
 
 const DEDUP_FILE: &str = "dedup";
@@ -58,6 +59,8 @@ pub struct PointWriter {
     origin: Option<Origin>,
     writer_id: WriterId,
     announcement: Option<Announcement>,
+    /// When it began, by the clock of the store's locks.
+    begun: Timestamp,
 }
 
 impl Repository {
@@ -86,10 +89,11 @@ impl Repository {
             life: Life::of_this_process(),
         };
         let announcement = self.inner.coordination.announce(&record)?;
+        let begun = self.inner.store.lock().map_or(Timestamp::UNIX_EPOCH, ObjectLock::now);
         match decide().and_then(|new| Ok((self.session(&new.point, &announcement)?, new))) {
             Ok((session, NewPoint { chain, origin, .. })) => {
                 let (session, announcement) = (Arc::new(session), Some(announcement));
-                Ok(PointWriter { session, chain, vm, origin, writer_id, announcement })
+                Ok(PointWriter { session, chain, vm, origin, writer_id, announcement, begun })
             }
             Err(error) => {
                 end(announcement);
@@ -280,6 +284,7 @@ impl PointWriter {
         Ok(Parent {
             inheritance: Inheritance::new(block_size, start.size_bytes, held.size_bytes)?,
             references: held.runs.clone(),
+            lock: parent.lock,
             runs: open_runs(inner, &held.runs)?,
         })
     }
@@ -326,10 +331,17 @@ impl PointWriter {
         finished.sort_by_key(|disk| place(&disk.disk));
         let (packs, pack_bytes) = self.session.close_packs()?;
         let mut stored = Stored { objects: packs, bytes: pack_bytes };
+        let parents = finished.iter().filter_map(|disk| disk.parent.as_ref());
+        let inherited: Vec<Inherited> = parents
+            .map(|parent| Inherited { runs: parent.references.clone(), lock: parent.lock })
+            .collect();
         let disks: Result<Vec<PointDisk>> =
             finished.into_iter().map(|disk| self.store_map(disk, &mut stored)).collect();
-        let point = self.describe(meta, disks?, stored);
+        let disks = disks?;
         let inner = &self.session.inner;
+        let own = Own { packs: self.session.own_packs(), begun: self.begun };
+        let lock = lock_reached(inner, &disks, &inherited, own)?;
+        let point = Point { lock, ..self.describe(meta, disks, stored) };
         let block_size = inner.config.block_size;
         let parts = &point.meta.parts;
         let manifest = manifest::encode(&inner.sealing, block_size, &point, parts)?;
@@ -347,6 +359,7 @@ impl PointWriter {
             parts: manifest::describe_parts(&meta.parts),
             new_bytes: disks.iter().map(|disk| disk.summary.new_bytes).sum(),
             stored_bytes: stored.bytes,
+            lock: None,
             // The manifest and its receipt.
             object_count: stored.objects + 2,
             meta,

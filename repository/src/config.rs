@@ -9,6 +9,7 @@ use crate::envelope::{self, Kind};
 use crate::error::{Damage, DamageKind, Error, Result};
 use crate::geometry::BlockSize;
 use crate::ids::{Checksum, RepositoryId};
+use crate::lock::LockPolicy;
 use crate::names;
 
 /// Version of the format that is written, and the newest that is read.
@@ -17,8 +18,10 @@ pub const FORMAT_VERSION: u32 = 1;
 pub(crate) const CONFIG_BYTES_MAX: u64 = 64 << 10;
 /// Objects are encrypted.
 const INCOMPAT_ENCRYPTED: u64 = 1;
+/// Objects are locked: who does not know of it would leave new ones without.
+const INCOMPAT_LOCKED: u64 = 2;
 /// Incompatible features that this program understands.
-const INCOMPAT_KNOWN: u64 = INCOMPAT_ENCRYPTED;
+const INCOMPAT_KNOWN: u64 = INCOMPAT_ENCRYPTED | INCOMPAT_LOCKED;
 
 const BLOCK_ID_BLAKE3: &str = "blake3";
 const BLOCK_ID_KEYED: &str = "blake3-keyed";
@@ -42,6 +45,9 @@ pub(crate) struct Config {
     compat: u64,
     /// Features without which nothing may be read.
     incompat: u64,
+    /// How objects are locked; none where they are not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    lock: Option<LockPolicy>,
     /// How objects are encrypted; none where they are not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     encryption: Option<Encryption>,
@@ -82,8 +88,22 @@ impl Config {
             content_tree: CONTENT_TREE.to_owned(),
             compat: 0,
             incompat: 0,
+            lock: None,
             encryption: None,
         }
+    }
+
+    /// The same for a repository whose objects are locked. Said before
+    /// [`encrypted`](Self::encrypted), which proves it.
+    pub(crate) fn locked(mut self, policy: LockPolicy) -> Self {
+        self.incompat |= INCOMPAT_LOCKED;
+        self.lock = Some(policy);
+        self
+    }
+
+    /// How objects are locked.
+    pub(crate) fn lock(&self) -> Option<LockPolicy> {
+        self.lock
     }
 
     /// The same for an encrypted repository whose keys these are.
@@ -112,8 +132,9 @@ impl Config {
         let block_size = self.block_size.bytes().to_string();
         let (version, incompat) = (self.version.to_string(), self.incompat.to_string());
         let (created_at, compression) = (self.created_at.to_string(), self.compression.to_string());
+        let lock = self.lock.map(|lock| format!("{} {}", lock.mode(), lock.period().as_secs()));
         let mut hasher = blake3::Hasher::new_keyed(keys.config());
-        for said in [
+        let all = [
             self.id.as_str(),
             &version,
             &created_at,
@@ -124,7 +145,8 @@ impl Config {
             &incompat,
             CIPHER,
             DERIVATION,
-        ] {
+        ];
+        for said in all.into_iter().chain(lock.as_deref()) {
             hasher.update(&(said.len() as u64).to_le_bytes()).update(said.as_bytes());
         }
         Checksum(*hasher.finalize().as_bytes())
@@ -157,6 +179,11 @@ impl Config {
         let says_so = config.incompat & INCOMPAT_ENCRYPTED != 0;
         if says_so != config.is_encrypted() {
             let detail = "it does not say how objects are encrypted, or that they are";
+            return Err(Damage::new(names::CONFIG, DamageKind::Inconsistent, detail).into());
+        }
+        let says_so = config.incompat & INCOMPAT_LOCKED != 0;
+        if says_so != config.lock.is_some() || !config.lock.is_none_or(LockPolicy::is_sound) {
+            let detail = "it does not say how objects are locked, or that they are";
             return Err(Damage::new(names::CONFIG, DamageKind::Inconsistent, detail).into());
         }
         if let Some((found, _)) = config.algorithms().iter().find(|(found, known)| found != known) {
@@ -210,6 +237,25 @@ mod tests {
     }
 
     #[test]
+    fn a_lock_is_kept_proven_and_said_in_two_places() {
+        let period = std::time::Duration::from_secs(9);
+        let policy = LockPolicy::new(crate::lock::LockMode::Compliance, period).unwrap();
+        let ours = config().locked(policy).encrypted(&keys(1));
+        let back = Config::decode(&ours.encode().unwrap()).unwrap();
+        assert!(back.lock() == Some(policy) && back.is_proven(&keys(1)));
+        assert!(!Config { lock: None, ..ours.clone() }.is_proven(&keys(1)));
+        let endless = serde_json::json!({ "mode": "compliance", "seconds": u64::MAX });
+        let endless = serde_json::from_value(endless).unwrap();
+        for bad in [
+            Config { lock: None, ..ours.clone() },
+            Config { incompat: 1, ..ours.clone() },
+            Config { lock: Some(endless), ..ours },
+        ] {
+            assert!(Config::decode(&bad.encode().unwrap()).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
     fn what_contradicts_itself_about_encryption_is_refused() {
         let ours = config().encrypted(&keys(1));
         for bad in [
@@ -231,7 +277,7 @@ mod tests {
         let newer = Config { compat: 5, ..config() };
         assert!(Config::decode(&newer.encode().unwrap()).is_ok());
         for newer in [
-            Config { incompat: 2, ..config() },
+            Config { incompat: 4, ..config() },
             Config { version: 2, ..config() },
             Config { block_id: "md5".into(), ..config() },
             Config { content_tree: "list".into(), ..config() },

@@ -5,6 +5,8 @@
 
 use std::collections::BTreeSet;
 
+use jiff::Timestamp;
+
 use crate::error::{Error, Result};
 use crate::ids::{ChainId, PointId};
 use crate::names;
@@ -16,10 +18,11 @@ impl Repository {
     /// Deletes one point. A point whose manifest is damaged can be deleted too.
     ///
     /// # Errors
-    /// `NotFound`; `Refused` when it is protected; `ReadOnly`; the store's.
+    /// `NotFound`; `Refused` when it is protected or locked; `ReadOnly`; the store's.
     pub fn delete_point(&self, id: &PointId) -> Result<()> {
         self.inner.refuse_read_only("delete a point")?;
         self.must_be_there(id)?;
+        self.must_not_be_locked(id)?;
         self.inner.coordination.wish(id, Wish::Delete)
     }
 
@@ -85,6 +88,24 @@ impl Repository {
         Ok(self.inner.coordination.standing()?.protected().clone())
     }
 
+    /// Until when a point is locked, if it still is.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn locked_until(&self, id: &PointId) -> Result<Option<Timestamp>> {
+        self.inner.locked_until(id)
+    }
+
+    fn must_not_be_locked(&self, id: &PointId) -> Result<()> {
+        match self.locked_until(id)? {
+            None => Ok(()),
+            Some(until) => Err(Error::Refused {
+                what: format!("point {id} is locked until {until}, and nothing was deleted"),
+                advice: "delete it then: before that nobody can",
+            }),
+        }
+    }
+
     fn must_be_there(&self, id: &PointId) -> Result<()> {
         // A receipt alone is what is left of a point whose manifest has vanished.
         let there = self.inner.store.exists(&names::manifest(id)?)?
@@ -104,6 +125,7 @@ impl Repository {
                 advice: "take the protection away with `icecore point unprotect` first",
             });
         }
+        doomed.iter().try_for_each(|id| self.must_not_be_locked(id))?;
         // The newest first: what is left if this is interrupted is what can be grown from.
         for id in doomed.iter().rev() {
             self.inner.coordination.wish(id, Wish::Delete)?;

@@ -19,12 +19,14 @@ mod delete;
 mod encoder;
 mod envelope;
 mod error;
+mod extend;
 mod gc;
 pub mod geometry;
 #[cfg(test)]
 mod hostile;
 pub mod ids;
 mod keys;
+mod lock;
 mod manifest;
 mod map;
 mod names;
@@ -60,6 +62,7 @@ pub use ids::{
     BlockId, ChainId, Checksum, ContentRoot, DiskId, IdError, KeyId, PackId, PointId, RepositoryId,
     RunId, ServiceId, VmName, WriterId,
 };
+pub use lock::{BadLock, Horizon, LockMode, LockPolicy, PointLock};
 pub use point::{
     CapsulePart, Consistency, ConsistencyLevel, DiskMeta, DiskMode, DiskSummary, Encoded, Entry,
     Frame, Location, Origin, ParentBlock, PartInfo, Point, PointDisk, PointMeta, RunRef,

@@ -1,6 +1,6 @@
 //! The packs of a point being written: one takes frames, those that are full are made durable beside.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
@@ -23,6 +23,8 @@ pub(crate) struct Packs {
     closing: VecDeque<PackId>,
     durable: u64,
     bytes: u64,
+    /// All of them.
+    made: BTreeSet<PackId>,
     closer: Option<Closer>,
     /// Met while nobody could be told.
     failure: Option<Error>,
@@ -78,6 +80,11 @@ impl Packs {
         Some(self.durable + at as u64)
     }
 
+    /// All packs of this point.
+    pub(crate) fn made(&self) -> &BTreeSet<PackId> {
+        &self.made
+    }
+
     /// How many packs are durable: those whose numbers are smaller.
     pub(crate) fn durable(&mut self) -> u64 {
         if let Err(error) = self.take_note() {
@@ -97,6 +104,7 @@ impl Packs {
             Some(open) => open,
             None => {
                 let id = PackId(random()?);
+                self.made.insert(id);
                 self.open.insert(PackWriter::create(&*inner.store, &inner.sealing, id)?)
             }
         };

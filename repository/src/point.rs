@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::geometry::BlockIndex;
 use crate::ids::{BlockId, ChainId, Checksum, ContentRoot, DiskId, PackId, PointId, RunId};
 use crate::ids::{RepositoryId, VmName, WriterId};
+use crate::lock::PointLock;
 
 /// How consistent the captured instant is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -231,6 +232,9 @@ pub struct Point {
     pub new_bytes: u64,
     /// Bytes stored for it: packs and maps.
     pub stored_bytes: u64,
+    /// How long it is locked, in a repository with locks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lock: Option<PointLock>,
     /// Objects written for it: packs, maps, manifest, receipt.
     pub object_count: u64,
 }

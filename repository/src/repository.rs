@@ -14,13 +14,16 @@ use crate::error::{Damage, DamageKind, Error, Result};
 use crate::geometry::BlockSize;
 use crate::ids::{ChainId, DiskId, PointId, RepositoryId, VmName};
 use crate::keys;
+use crate::lock::LockPolicy;
 use crate::manifest::{self, MANIFEST_BYTES_MAX};
 use crate::names;
 use crate::point::Point;
 use crate::reader::DiskReader;
 use crate::resolve;
 use crate::sealing::Sealing;
-use crate::store::{Access, Address, Store, Traffic};
+use crate::store::{
+    Access, Address, Locking, ObjectLock, ObjectName, Store, StoreErrorKind, Traffic,
+};
 use crate::writers::Coordination;
 
 /// Parameters that are fixed when a repository is made.
@@ -32,6 +35,8 @@ pub struct InitOptions {
     pub compression: Compression,
     /// What opens it; without any key it is not encrypted.
     pub keys: Vec<KeyMaterial>,
+    /// How its objects are locked; not at all unless told otherwise.
+    pub lock: Option<LockPolicy>,
 }
 
 /// How to open a repository.
@@ -58,6 +63,8 @@ pub struct RepositoryInfo {
     pub encrypted: bool,
     /// How new blocks are compressed.
     pub compression: Compression,
+    /// How objects are locked; none where they are not.
+    pub lock: Option<LockPolicy>,
     /// Points that readers see.
     pub points: u64,
     /// Chains that they belong to.
@@ -111,7 +118,8 @@ impl Repository {
         if let Address::Directory(path) = address {
             refuse_occupied(path)?;
         }
-        let store = address.create()?;
+        let locking = options.lock.map_or(Locking::NotWanted, |_| Locking::Wanted);
+        let store = address.create(locking)?;
         address.probe().map_err(|unfit| Error::InitRefused {
             location: address.to_string(),
             why: unfit.to_string(),
@@ -128,6 +136,9 @@ impl Repository {
         options: InitOptions,
         now: jiff::Timestamp,
     ) -> Result<Self> {
+        if let Some(policy) = options.lock {
+            engage_new(&*store, policy)?;
+        }
         let occupied = || Error::InitRefused {
             location: store.location().to_owned(),
             why: "there are objects in it already".to_owned(),
@@ -135,6 +146,9 @@ impl Repository {
         let unfinished = keys::unfinished(&*store)?.ok_or_else(occupied)?;
         let id = RepositoryId::from_random(u128::from_le_bytes(random()?));
         let mut config = Config::new(id.clone(), now, options.block_size, options.compression);
+        if let Some(policy) = options.lock {
+            config = config.locked(policy);
+        }
         let mut sealing = Sealing::plain(id.clone());
         let mut own = Vec::new();
         if !options.keys.is_empty() {
@@ -150,13 +164,16 @@ impl Repository {
         match store.put(&names::config()?, &config.encode()?) {
             // Somebody else has made one meanwhile; his keys are none of ours.
             Err(error) if error.already_exists() => {
-                store.delete(&own)?;
+                delete_unlocked(&*store, &own)?;
                 return Err(occupied());
             }
             other => other?,
         }
         // Only whoever made the repository removes what others have left, lest two remove each other's.
-        store.delete(&unfinished)?;
+        delete_unlocked(&*store, &unfinished)?;
+        if options.lock.is_some() {
+            must_be_locked(&*store)?;
+        }
         let repository = Self::with_config(store, config, sealing, &OpenOptions::default());
         repository.inner.coordination.refill_reserve()?;
         Ok(repository)
@@ -208,6 +225,10 @@ impl Repository {
             other => other?,
         };
         let config = Config::decode(&bytes)?;
+        // A copy of it elsewhere may be read, and points deleted; none is added without a lock.
+        if let (Some(policy), Some(lock)) = (config.lock(), store.lock()) {
+            lock.engage(policy);
+        }
         // Before anything else is read or written.
         let sealing = keys::sealing(&*store, &config, &options.keys)?;
         Ok(Self::with_config(store, config, sealing, &options))
@@ -287,6 +308,7 @@ impl Repository {
             block_size: config.block_size,
             encrypted: config.is_encrypted(),
             compression: config.compression,
+            lock: config.lock(),
             points: points.len() as u64,
             chains: chains.len() as u64,
             logical_bytes: points.iter().map(Point::size_bytes).fold(0, u64::saturating_add),
@@ -515,6 +537,20 @@ impl Inner {
         manifest::decode(&self.sealing, self.config.block_size, id, bytes)
     }
 
+    /// Until when a point is locked, if it still is. One that cannot be read does not say; then the
+    /// store knows.
+    pub(crate) fn locked_until(&self, id: &PointId) -> Result<Option<jiff::Timestamp>> {
+        let Some(lock) = self.store.lock().filter(|_| self.config.lock().is_some()) else {
+            return Ok(None);
+        };
+        let now = lock.now();
+        match self.manifest_bytes(id).and_then(|bytes| self.decode_manifest(id, &bytes)) {
+            Ok((point, _)) => Ok(point.lock.map(|lock| lock.until).filter(|until| *until > now)),
+            Err(error) if error.damage().is_some() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     pub(crate) fn refuse_read_only(&self, action: &'static str) -> Result<()> {
         if self.read_only {
             let location = self.store.location().to_owned();
@@ -532,6 +568,48 @@ pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
         advice: "wait until its random source is ready",
     })?;
     Ok(bytes)
+}
+
+/// The locks of the store of a repository that has them.
+pub(crate) fn lock_of(store: &dyn Store) -> Result<&dyn ObjectLock> {
+    store.lock().ok_or_else(|| Error::Refused {
+        what: format!("objects are to be locked, and {} cannot do that", store.location()),
+        advice: "use an object store that speaks S3",
+    })
+}
+
+/// Locks all that is put into a store from now on.
+fn engage_new(store: &dyn Store, policy: LockPolicy) -> Result<()> {
+    let lock = lock_of(store)?;
+    lock.require().map_err(|error| match error.kind() {
+        StoreErrorKind::Unsupported => Error::InitRefused {
+            location: store.location().to_owned(),
+            why: error.reason().to_owned(),
+        },
+        _ => error.into(),
+    })?;
+    lock.engage(policy);
+    Ok(())
+}
+
+/// Deletes objects, but for those that locks keep; returns these.
+pub(crate) fn delete_unlocked(store: &dyn Store, names: &[ObjectName]) -> Result<Vec<ObjectName>> {
+    Ok(match store.lock() {
+        Some(lock) => lock.delete_unlocked(names)?,
+        None => store.delete(names).map(|()| Vec::new())?,
+    })
+}
+
+/// Some servers take the words and lock nothing.
+fn must_be_locked(store: &dyn Store) -> Result<()> {
+    let lock = lock_of(store)?;
+    match lock.locked_until(&names::config()?)? {
+        Some(until) if until > lock.now() => Ok(()),
+        _ => Err(Error::InitRefused {
+            location: store.location().to_owned(),
+            why: "the server took an object and did not lock it".to_owned(),
+        }),
+    }
 }
 
 /// A directory may be used when it is missing or empty (a fresh file system has its lost+found).

@@ -151,6 +151,11 @@ impl Session {
         self.dedup.save_if_more(|pack| packs.number_if_not_durable(pack).is_none())
     }
 
+    /// All packs of this point.
+    pub(crate) fn own_packs(&self) -> BTreeSet<PackId> {
+        lock(&self.packs).made().clone()
+    }
+
     pub(crate) fn is_durable(&self, pack: u64) -> bool {
         self.durable_packs() > pack
     }

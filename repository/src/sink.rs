@@ -7,6 +7,7 @@ use crate::encoder::Encoders;
 use crate::error::{Error, Result};
 use crate::geometry::{BlockIndex, BlockSize};
 use crate::ids::{DiskId, PointId};
+use crate::lock::PointLock;
 use crate::map::{DeltaWriter, PageCursor, RunReader, Slot};
 use crate::point::{DiskSummary, Encoded, ParentBlock, RunRef};
 use crate::session::{FinishedDisk, Placed, Session};
@@ -63,6 +64,8 @@ impl Inheritance {
 pub(crate) struct Parent {
     pub(crate) inheritance: Inheritance,
     pub(crate) references: Vec<RunRef>,
+    /// How long the parent's objects are locked.
+    pub(crate) lock: Option<PointLock>,
     pub(crate) runs: Vec<Arc<RunReader>>,
 }
 

@@ -85,7 +85,7 @@ fn write_a_fixture() {
     let block_size = BlockSize::new(4096).unwrap();
     let encrypted = folder.to_string_lossy().ends_with("-encrypted");
     let keys = encrypted.then(key).into_iter().collect();
-    let options = InitOptions { block_size, compression: Compression::Zstd(1), keys };
+    let options = InitOptions { block_size, compression: Compression::Zstd(1), keys, lock: None };
     let repo = Repository::init(&folder, options).unwrap();
     let mut last: Option<Point> = None;
     for (label, disks) in models() {

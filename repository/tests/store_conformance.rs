@@ -8,8 +8,8 @@ use std::sync::{Arc, Barrier};
 
 use icecore_repository::store::served::{ServedStore, ServerAddress};
 use icecore_repository::store::{
-    Access, CrashMode, DirectoryStore, MemoryStore, ObjectName, S3Address, S3Settings, S3Store,
-    SimFileSystem, Store, StoreErrorKind, sftp,
+    Access, CrashMode, DirectoryStore, Locking, MemoryStore, ObjectName, S3Address, S3Settings,
+    S3Store, SimFileSystem, Store, StoreErrorKind, sftp,
 };
 use icecore_tests::{ObjectServer, ObjectStore, RepoServer, SshServer, icecore_binary};
 
@@ -233,7 +233,7 @@ fn conforms_at(server: ObjectServer) {
         number += 1;
         let address = S3Address::parse(&format!("conformance/run/{number}")).unwrap();
         let settings = S3Settings::from(&variable).unwrap();
-        let writable = S3Store::create(&address, settings.clone()).unwrap();
+        let writable = S3Store::create(&address, settings.clone(), Locking::NotWanted).unwrap();
         let read_only = S3Store::open(&address, settings, Access::ReadOnly).unwrap();
         (Box::new(writable), Box::new(read_only))
     });

@@ -2,8 +2,10 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
+use icecore_repository::LockMode;
 use icecore_repository::rights::Right;
 
 use super::args::RepoArgs;
@@ -14,7 +16,8 @@ pub enum RepoCommand {
     /// Make a new repository
     #[command(after_help = "Examples:\n  icecore repo init /backup --compression zstd:3\n  \
 head -c 32 /dev/urandom > /root/key && chmod 600 /root/key\n  \
-icecore repo init /backup --encrypt --key-file /root/key")]
+icecore repo init /backup --encrypt --key-file /root/key\n  \
+icecore repo init s3://backups/site1 --lock 30d --lock-mode compliance")]
     Init(RepoInitArgs),
     /// Take up a repository on this host: what a new host runs after a disaster
     #[command(after_help = "Example:\n  icecore repo open /backup")]
@@ -190,6 +193,13 @@ pub struct RepoInitArgs {
     /// Write the recovery kit into this new file; without this it is shown, on a terminal only
     #[arg(long, value_name = "FILE", requires = "encrypt")]
     pub recovery_kit: Option<PathBuf>,
+    /// Lock each point and what it needs for so long, as in 30d: until then nobody deletes it. S3
+    /// with object lock only
+    #[arg(long, value_name = "DURATION", value_parser = names::long_duration)]
+    pub lock: Option<Duration>,
+    /// Who may break a lock: whoever the store's owner lets (governance), or nobody (compliance)
+    #[arg(long, value_name = "MODE", requires = "lock", default_value = "governance")]
+    pub lock_mode: LockMode,
 }
 
 #[derive(Debug, Subcommand)]

@@ -57,5 +57,13 @@ fn print(context: &Context, args: &GcArgs, report: &GcReport) -> Outcome<()> {
         report.packs_deleted,
         report.runs_deleted,
         human_bytes(report.bytes_freed)
-    ))
+    ))?;
+    if report.points_locked + report.objects_locked > 0 {
+        output::print(&format!(
+            "kept {} deleted points and {} objects without a point: they are locked; run gc again \
+             when their locks have run out\n",
+            report.points_locked, report.objects_locked
+        ))?;
+    }
+    Ok(())
 }

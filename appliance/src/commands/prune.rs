@@ -22,7 +22,7 @@ pub struct PruneReport {
     kept: Vec<Verdict>,
     /// What goes, oldest first.
     removed: Vec<Removed>,
-    /// What is no good point: it neither goes nor counts.
+    /// What is no good point: it neither goes nor counts. And what no rule keeps, but a lock.
     left_alone: Vec<LeftAlone>,
 }
 
@@ -104,7 +104,7 @@ pub fn prune(
         return Err(Failure::usage(&tried, why).next("see 'icecore vm list --repo …'"));
     }
     let protected = repository.protected().map_err(failed)?;
-    let left_alone = not_good(context, repository, &points, request.vm)?;
+    let mut left_alone = not_good(context, repository, &points, request.vm)?;
     let ids: Vec<(String, &Point)> = points.iter().map(|p| (p.id.to_string(), p)).collect();
     let good = ids.iter().filter(|(id, _)| !left_alone.iter().any(|one| &one.point == id));
     let candidates: Vec<Candidate<'_>> = good
@@ -127,8 +127,9 @@ pub fn prune(
             "set the clock; with --trust-clock points of the future stay, and the rest is judged",
         )
     })?;
-    let (kept, doomed): (Vec<Verdict>, Vec<Verdict>) =
+    let (kept, mut doomed): (Vec<Verdict>, Vec<Verdict>) =
         verdicts.into_iter().partition(Verdict::stays);
+    left_alone.extend(take_locked(repository, &mut doomed).map_err(failed)?);
     if !request.dry_run {
         for verdict in &doomed {
             let id: PointId = verdict.point.parse().map_err(|e| Failure::failed(&tried, e))?;
@@ -142,6 +143,24 @@ pub fn prune(
         .collect();
     let (vm, dry_run) = (request.vm.to_string(), request.dry_run);
     Ok(PruneReport { vm, dry_run, kept, removed, left_alone })
+}
+
+/// Takes out of what would go what may not yet.
+fn take_locked(
+    repository: &Repository,
+    doomed: &mut Vec<Verdict>,
+) -> icecore_repository::Result<Vec<LeftAlone>> {
+    let mut locked = Vec::new();
+    for verdict in std::mem::take(doomed) {
+        match repository.locked_until(&verdict.point.parse()?)? {
+            Some(until) => locked.push(LeftAlone {
+                point: verdict.point,
+                why: format!("no rule keeps it, but it is locked until {}", when(until)),
+            }),
+            None => doomed.push(verdict),
+        }
+    }
+    Ok(locked)
 }
 
 /// Points in which a check found damage, or which are being restored: they do not count, or what

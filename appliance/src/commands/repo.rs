@@ -1,7 +1,9 @@
 //! `icecore repo` and `icecore catalog`.
 
 use icecore_repository::store::{Address, CreateOnly, Found};
-use icecore_repository::{BlockSize, Compression, InitOptions, KeyMaterial, Repository};
+use icecore_repository::{
+    BadLock, BlockSize, Compression, InitOptions, KeyMaterial, LockPolicy, Repository,
+};
 
 use super::{key, repo_server};
 use crate::cli::OK;
@@ -31,6 +33,7 @@ fn init(context: &Context, args: &RepoInitArgs) -> Outcome<u8> {
         block_size: BlockSize::new(args.block_size).map_err(|e| Failure::usage(&tried, e))?,
         compression: compression(&args.compression).map_err(|e| Failure::usage(&tried, e))?,
         keys: keys.clone(),
+        lock: lock(args).map_err(|e| Failure::usage(&tried, e))?,
     };
     // Before there is anything that it would be needed for.
     let kit = args.recovery_kit.as_deref().map(|path| key::new_file(path, &tried)).transpose()?;
@@ -57,6 +60,10 @@ fn init(context: &Context, args: &RepoInitArgs) -> Outcome<u8> {
         key::show_kit(context, &repository, &keys, &tried)?;
     }
     Ok(OK)
+}
+
+fn lock(args: &RepoInitArgs) -> Result<Option<LockPolicy>, BadLock> {
+    args.lock.map(|period| LockPolicy::new(args.lock_mode, period)).transpose()
 }
 
 /// What the new repository is to be opened with; nothing where it is not to be encrypted.
@@ -104,6 +111,7 @@ fn describe(
             "encrypted": info.encrypted, "compression": info.compression.to_string(),
             "points": info.points, "chains": info.chains, "logical_bytes": info.logical_bytes,
             "stored_bytes": info.stored_bytes, "packs": info.packs,
+            "lock": info.lock,
         });
         if let Some(found) = found {
             report["place"] = serde_json::json!(found);
@@ -113,13 +121,14 @@ fn describe(
     }
     output::print(&format!(
         "repository   {name}\nid           {}\nversion      {}\nblock size   {}\n\
-         compression  {}\nencrypted    {}\npoints       {} in {} chains\nguest data   {}\n\
+         compression  {}\nencrypted    {}\nlocks        {}\npoints       {} in {} chains\nguest data   {}\n\
          stored       {} in {} packs\n",
         info.id,
         info.version,
         human_bytes(u64::from(info.block_size)),
         info.compression,
         if info.encrypted { "yes" } else { "no" },
+        info.lock.map_or_else(|| "no".to_owned(), lock_words),
         info.points,
         info.chains,
         human_bytes(info.logical_bytes),
@@ -128,6 +137,10 @@ fn describe(
     ))?;
     found.map_or(Ok(()), print_place)?;
     Ok(OK)
+}
+
+fn lock_words(lock: LockPolicy) -> String {
+    format!("{}, {} s after each point", lock.mode(), lock.period().as_secs())
 }
 
 /// What was found where the repository lies.

@@ -224,6 +224,7 @@ mod tests {
             disks,
             parts: Vec::new(),
             new_bytes: 0,
+            lock: None,
             stored_bytes: 0,
             object_count: 0,
         }

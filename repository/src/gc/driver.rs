@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use super::plan::{Condemned, DataObject, FirstLook};
+use jiff::Timestamp;
+
+use super::plan::{Condemned, DataObject, FirstLook, is_doomed};
 use super::{GcOptions, GcReport};
 use crate::error::{Error, Result};
 use crate::ids::{PackId, PointId, WriterId};
@@ -27,6 +29,8 @@ pub(crate) struct ManifestFacts {
 pub(crate) trait Contents {
     fn manifest(&self, point: &PointId) -> Result<ManifestFacts>;
     fn packs(&self, run: &RunRef) -> Result<Vec<PackId>>;
+    /// Until when a point is locked, if it still is.
+    fn locked_until(&self, point: &PointId) -> Result<Option<Timestamp>>;
     /// Writes the receipt of a committed point whose writer died before it did; one that is there
     /// already is as good.
     fn complete_receipt(&self, point: &PointId) -> Result<()>;
@@ -62,6 +66,14 @@ impl Pace for RealPace {
     }
 }
 
+/// What there is of points. The fields were read in the order in which they stand here.
+struct Seen {
+    receipts: BTreeSet<PointId>,
+    /// Manifests that are there, and how each counts.
+    manifests: BTreeMap<PointId, PointStanding>,
+    standing: Standing,
+}
+
 /// One gc under way.
 pub(crate) struct Collector<'a> {
     pub(crate) store: &'a dyn Store,
@@ -85,12 +97,13 @@ impl Collector<'_> {
         }
         let revoked = self.await_writers(&condemned)?;
         let verdicts_on_record = self.judge_all()?;
-        let now = self.standings_now()?;
+        let now = self.look_at_points()?.manifests;
         let newcomers: Vec<_> = Condemned::newcomers(&first, &now).collect();
         let reached_since = self.reached_by(newcomers.into_iter())?;
         condemned.acquit(&reached_since);
         let receipts_completed = self.complete_receipts(&verdicts_on_record)?;
-        self.delete(&condemned)?;
+        let kept = self.delete(&condemned)?;
+        let objects_locked = condemned.spare(&kept)?;
         self.store.remove_leftovers(&leftovers)?;
         self.forget_revoked()?;
         self.forget_damaged(&[reachable, reached_since])?;
@@ -98,7 +111,13 @@ impl Collector<'_> {
         self.coordination.refill_reserve()?;
         let counted = report(&first, &condemned);
         let (writers_revoked, leftovers_removed) = (revoked, leftovers.len() as u64);
-        Ok(GcReport { writers_revoked, leftovers_removed, receipts_completed, ..counted })
+        Ok(GcReport {
+            writers_revoked,
+            leftovers_removed,
+            receipts_completed,
+            objects_locked,
+            ..counted
+        })
     }
 
     /// The order of these listings matters: an object whose manifest is not in the listing of
@@ -113,29 +132,57 @@ impl Collector<'_> {
                 }
             }
         }
-        let receipts = self.points_in(names::RECEIPTS)?.into_iter().collect();
-        let (manifests, standing) = self.standings()?;
+        let Seen { receipts, manifests, standing } = self.look_at_points()?;
         let deleted = standing.deleted().clone();
-        Ok(FirstLook { buried_before, objects, receipts, manifests, deleted })
+        let locked = self.locked(&manifests)?;
+        Ok(FirstLook { buried_before, objects, receipts, manifests, locked, deleted })
     }
 
-    fn standings(&self) -> Result<(BTreeMap<PointId, PointStanding>, Standing)> {
+    /// Of points that would go, those that may not yet.
+    fn locked(&self, manifests: &BTreeMap<PointId, PointStanding>) -> Result<BTreeSet<PointId>> {
+        let mut locked = BTreeSet::new();
+        for (point, _) in manifests.iter().filter(|(_, standing)| is_doomed(**standing)) {
+            if self.contents.locked_until(point)?.is_some() {
+                locked.insert(point.clone());
+            }
+        }
+        Ok(locked)
+    }
+
+    fn look_at_points(&self) -> Result<Seen> {
+        // A receipt is later than its manifest and is listed earlier.
+        let receipts: BTreeSet<_> = self.points_in(names::RECEIPTS)?.into_iter().collect();
         let points = self.points_in(names::POINTS)?;
         // Conclusions are drawn from what others wrote, so it must not be lost to a power cut.
         self.store.settle(names::POINTS)?;
         self.coordination.settle()?;
         let standing = self.coordination.standing()?;
-        let mut standings = BTreeMap::new();
+        let listed: BTreeSet<&PointId> = points.iter().collect();
+        let unlisted = receipts.iter().filter(|point| !listed.contains(point));
+        for point in unlisted.filter(|point| !standing.is_deleted(point)) {
+            self.must_be_absent(point)?;
+        }
+        let mut manifests = BTreeMap::new();
         for point in points {
             if let Some(counts) = self.standing_of(&point, &standing)? {
-                standings.insert(point, counts);
+                manifests.insert(point, counts);
             }
         }
-        Ok((standings, standing))
+        Ok(Seen { receipts, manifests, standing })
     }
 
-    fn standings_now(&self) -> Result<BTreeMap<PointId, PointStanding>> {
-        Ok(self.standings()?.0)
+    /// A point that is not listed and is there would be taken for none, and its packs for garbage.
+    fn must_be_absent(&self, point: &PointId) -> Result<()> {
+        if !self.store.exists(&names::manifest(point)?)? {
+            return Ok(());
+        }
+        Err(Error::Refused {
+            what: format!(
+                "{} does not list point {point}, which is there: its listings are old; nothing deleted",
+                self.store.location()
+            ),
+            advice: "run gc again later; if it stays, this store is not fit for a repository",
+        })
     }
 
     /// None when another gc has removed the manifest meanwhile.
@@ -251,7 +298,10 @@ impl Collector<'_> {
         }
         // Listed after the fences were durable, as a verdict must be.
         let mut found: BTreeMap<WriterId, BTreeSet<PointId>> = BTreeMap::new();
-        for point in self.points_in(names::POINTS)? {
+        let mut points: BTreeSet<_> = self.points_in(names::POINTS)?.into_iter().collect();
+        // A verdict is final: it must not miss a point that a listing is late with.
+        points.extend(self.points_in(names::RECEIPTS)?);
+        for point in points {
             if !undecided.is_deleted(&point)
                 && let Some(facts) = self.unless_removed(&point, self.contents.manifest(&point))?
             {
@@ -280,12 +330,22 @@ impl Collector<'_> {
     }
 
     /// Each line is durable before the next: a manifest is gone before anything it reaches is, a
-    /// receipt never without its tombstone or its manifest.
-    fn delete(&self, condemned: &Condemned) -> Result<()> {
-        self.store.delete(&all_names(&condemned.manifests, names::manifest)?)?;
-        self.store.delete(&all_names(&condemned.receipts, names::receipt)?)?;
-        self.store.delete(&all_names(&condemned.objects, |object| object.name())?)?;
-        self.coordination.forget_points(&condemned.husks)
+    /// receipt never without its tombstone or its manifest. Returns what the store did not delete,
+    /// since locks keep it.
+    fn delete(&self, condemned: &Condemned) -> Result<BTreeSet<ObjectName>> {
+        let mut kept = BTreeSet::new();
+        for names in [
+            all_names(&condemned.manifests, names::manifest)?,
+            all_names(&condemned.receipts, names::receipt)?,
+            all_names(&condemned.objects, |object| object.name())?,
+        ] {
+            match self.store.lock() {
+                Some(lock) => kept.extend(lock.delete_unlocked(&names)?),
+                None => self.store.delete(&names)?,
+            }
+        }
+        self.coordination.forget_points(&condemned.husks)?;
+        Ok(kept)
     }
 
     /// Takes the announcements of judged writers away; fence and verdict stay, for a suspended
@@ -325,6 +385,7 @@ fn report(first: &FirstLook, condemned: &Condemned) -> GcReport {
     };
     GcReport {
         points_removed: condemned.receipts.len() as u64,
+        points_locked: first.locked.len() as u64,
         packs_deleted: of_kind(true),
         runs_deleted: of_kind(false),
         bytes_freed: condemned.objects.iter().filter_map(|o| first.objects.get(o)).sum(),

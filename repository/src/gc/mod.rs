@@ -10,7 +10,10 @@ mod simulator;
 
 use std::time::Duration;
 
+use jiff::Timestamp;
+
 pub use driver::{Pace, RealPace};
+pub(crate) use plan::DataObject;
 
 use driver::{Collector, Contents, ManifestFacts};
 
@@ -63,6 +66,10 @@ pub struct GcReport {
     pub receipts_completed: u64,
     /// Unfinished objects removed.
     pub leftovers_removed: u64,
+    /// Deleted or disowned points that stay with all that they reach, since they are locked.
+    pub points_locked: u64,
+    /// Objects that nothing reaches and that stay, since they are locked.
+    pub objects_locked: u64,
 }
 
 impl Repository {
@@ -96,6 +103,10 @@ impl Contents for Inner {
         let (point, _) = self.decode_manifest(point, &bytes)?;
         let runs = point.disks.into_iter().flat_map(|disk| disk.runs).collect();
         Ok(ManifestFacts { writer: point.writer_id, runs })
+    }
+
+    fn locked_until(&self, point: &PointId) -> Result<Option<Timestamp>> {
+        Self::locked_until(self, point)
     }
 
     fn packs(&self, run: &RunRef) -> Result<Vec<PackId>> {

@@ -53,25 +53,33 @@ pub(crate) struct FirstLook {
     pub(crate) receipts: BTreeSet<PointId>,
     /// Manifests that are there, and how each counts.
     pub(crate) manifests: BTreeMap<PointId, PointStanding>,
+    /// Of the deleted and disowned ones those whose locks have not run out: they stay whole. Whoever
+    /// says that they are deleted may be he whom the lock is there for.
+    pub(crate) locked: BTreeSet<PointId>,
     /// Points with a deletion tombstone, after the manifests were listed.
     pub(crate) deleted: BTreeSet<PointId>,
 }
 
 impl FirstLook {
-    /// The manifests to follow: the valid ones, and those on which nobody has decided yet.
+    /// The manifests to follow: the valid ones, those on which nobody has decided yet, the locked.
     pub(crate) fn roots(&self) -> impl Iterator<Item = &PointId> {
-        self.manifests.iter().filter(|(_, standing)| !is_doomed(**standing)).map(|(id, _)| id)
+        self.manifests.keys().filter(|point| !self.is_doomed(point))
+    }
+
+    fn is_doomed(&self, point: &PointId) -> bool {
+        self.manifests.get(point).copied().is_some_and(is_doomed) && !self.locked.contains(point)
     }
 
     /// What goes unless the second look acquits it; `reachable` is what the roots reach.
     pub(crate) fn condemn(&self, reachable: &BTreeSet<DataObject>) -> Condemned {
         let objects = self.objects.keys().filter(|object| !reachable.contains(object));
-        let doomed = self.manifests.iter().filter(|(_, standing)| is_doomed(**standing));
-        let manifests: BTreeSet<_> = doomed.map(|(point, _)| point.clone()).collect();
+        let doomed = self.manifests.keys().filter(|point| self.is_doomed(point));
+        let manifests: BTreeSet<_> = doomed.cloned().collect();
         let with_rest = |point: &&PointId| {
             self.manifests.contains_key(*point) || self.receipts.contains(*point)
         };
         let rests = self.deleted.iter().filter(with_rest);
+        let rests = rests.filter(|point| !self.locked.contains(*point));
         // A point that was committed and deleted since the manifests were listed looks like one of
         // which nothing is left; forgetting its tombstone would bring it back.
         let husks = self.buried_before.iter().filter(|point| !with_rest(point));
@@ -84,7 +92,8 @@ impl FirstLook {
     }
 }
 
-fn is_doomed(standing: PointStanding) -> bool {
+/// Whether a point goes unless it is locked.
+pub(crate) fn is_doomed(standing: PointStanding) -> bool {
     matches!(standing, PointStanding::Deleted | PointStanding::Disowned)
 }
 
@@ -119,6 +128,26 @@ impl Condemned {
             .filter(|(_, standing)| **standing != PointStanding::Disowned)
             .map(|(point, _)| point)
             .filter(|point| !first.manifests.contains_key(*point))
+    }
+
+    /// Takes out what the store did not delete; returns how much it is.
+    pub(crate) fn spare(&mut self, kept: &BTreeSet<ObjectName>) -> Result<u64> {
+        let mut spared = 0;
+        for object in std::mem::take(&mut self.objects) {
+            match kept.contains(&object.name()?) {
+                true => spared += 1,
+                false => drop(self.objects.insert(object)),
+            }
+        }
+        for point in std::mem::take(&mut self.receipts) {
+            match kept.contains(&names::receipt(&point)?)
+                || kept.contains(&names::manifest(&point)?)
+            {
+                true => spared += 1,
+                false => drop(self.receipts.insert(point)),
+            }
+        }
+        Ok(spared)
     }
 
     /// Takes out what newcomers reach.
@@ -185,11 +214,13 @@ mod tests {
             later in world(),
             listed in prop::collection::btree_set(0..20_u8, 0..20),
             tombs in prop::collection::btree_set(0..12_u32, 0..4),
+            locks in prop::collection::btree_set(0..12_u32, 0..4),
         ) {
             let look = FirstLook {
                 objects: listed.iter().map(|number| (pack(*number), 1)).collect(),
                 receipts: first.keys().map(|number| point(*number)).collect(),
                 manifests: standings(&first),
+                locked: locks.iter().map(|number| point(*number)).collect(),
                 buried_before: tombs.iter().map(|number| point(*number)).collect(),
                 deleted: tombs.iter().map(|number| point(*number)).collect(),
             };
@@ -200,11 +231,14 @@ mod tests {
             let standings_now = standings(&now);
             let newcomers: Vec<_> = Condemned::newcomers(&look, &standings_now).collect();
             condemned.acquit(&reached(&now, newcomers.into_iter()));
-            let visible = now.iter().filter(|(_, (standing, _))| {
+            let visible = now.iter().filter(|(number, (standing, _))| {
                 matches!(standing, PointStanding::Valid | PointStanding::Undecided)
+                    || (locks.contains(number) && first.contains_key(number))
             });
             for (number, (_, reaches)) in visible {
                 prop_assert!(!condemned.manifests.contains(&point(*number)));
+                let is_locked = locks.contains(number) && first.contains_key(number);
+                prop_assert!(!is_locked || !condemned.receipts.contains(&point(*number)));
                 prop_assert!(reaches.iter().all(|n| !condemned.objects.contains(&pack(*n))));
             }
             let all: BTreeSet<_> = now.values().flat_map(|(_, reaches)| reaches).collect();

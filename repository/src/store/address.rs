@@ -10,7 +10,9 @@ use super::ahead::ReadAhead;
 use super::probe::probe_directory;
 use super::served::{BadServerAddress, ServedStore, ServerAddress};
 use super::sftp::{self, BadSftpAddress, SftpAddress, Ssh};
-use super::{Access, DirectoryStore, Found, S3Address, S3Store, Store, StoreError, Unfit, s3};
+use super::{
+    Access, DirectoryStore, Found, Locking, S3Address, S3Store, Store, StoreError, Unfit, s3,
+};
 
 /// The address of a store: the path of a directory, or an URL.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -130,16 +132,16 @@ impl Address {
         }
     }
 
-    /// The store at this address, made if it is not there.
+    /// The store at this address, made if it is not there. Whoever wants locks asks it for them.
     ///
     /// # Errors
     /// What the device says.
-    pub fn create(&self) -> Result<Arc<dyn Store>, StoreError> {
+    pub fn create(&self, locking: Locking) -> Result<Arc<dyn Store>, StoreError> {
         Ok(match self {
             Self::Directory(path) => Arc::new(DirectoryStore::create(path)?),
             Self::S3(place) => {
                 let settings = s3::from_environment(&place.to_string())?;
-                Arc::new(S3Store::create(place, settings)?)
+                Arc::new(S3Store::create(place, settings, locking)?)
             }
             Self::Sftp(address) => Arc::new(sftp::create(Ssh::from_environment(), address)?),
             Self::Server(address) => Arc::new(ServedStore::create(address)?),

@@ -10,7 +10,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::{ObjectEntry, ObjectName, ObjectWriter, Store, StoreError, Traffic};
+use super::{ObjectEntry, ObjectLock, ObjectName, ObjectWriter, Store, StoreError, Traffic};
 
 /// One request of a read in order: large enough that the journey is a small part of it.
 const WINDOW_BYTES: u64 = 4 << 20;
@@ -378,6 +378,10 @@ impl Store for ReadAhead {
 
     fn remove_leftovers(&self, leftovers: &[String]) -> Result<(), StoreError> {
         self.shared.inner.remove_leftovers(leftovers)
+    }
+
+    fn lock(&self) -> Option<&dyn ObjectLock> {
+        self.shared.inner.lock()
     }
 
     fn traffic(&self) -> Option<Traffic> {

@@ -26,6 +26,10 @@ pub enum StoreErrorKind {
     Unreachable,
     /// A server failed, or a connection to it did.
     Server,
+    /// A lock keeps the object.
+    Locked,
+    /// The store has not got what was asked of it.
+    Unsupported,
     /// Anything else that the device answered.
     Io,
 }
@@ -50,6 +54,8 @@ impl StoreErrorKind {
             }
             Self::Unreachable => "check the server's address, its state and the network between",
             Self::Server => "try again later; if it stays, look at the server's log",
+            Self::Locked => "wait until the lock has run out; nothing takes it away before",
+            Self::Unsupported => "choose another place, or do without",
             Self::Io => "look at the kernel log and the state of the disk, mount or server",
         }
     }

@@ -29,6 +29,8 @@ mod traffic;
 
 use std::fmt;
 
+use jiff::Timestamp;
+
 pub use address::{Address, BadAddress};
 pub use ahead::ReadAhead;
 pub use directory::{Access, DirectoryStore};
@@ -36,9 +38,11 @@ pub use error::{StoreError, StoreErrorKind};
 pub use fs::{DirEntry, FileSystem, FsFile, OsFileSystem};
 pub use memory::MemoryStore;
 pub use probe::{CreateOnly, Found, Unfit};
-pub use s3::{S3Address, S3Settings, S3Store};
+pub use s3::{Locking, S3Address, S3Settings, S3Store};
 pub use sim::{CallFault, CrashMode, SimFileSystem, Torn};
 pub use traffic::Traffic;
+
+use crate::lock::LockPolicy;
 
 /// Longest name of an object in bytes; fits every file system and object store we know of.
 pub const OBJECT_NAME_BYTES_MAX: usize = 200;
@@ -117,6 +121,41 @@ pub trait ObjectWriter: Send {
     /// `AlreadyExists` when the name was taken meanwhile. After any error the object must be taken
     /// for absent, but a reader may still meet it (a lost reply): names are therefore never reused.
     fn finish(self: Box<Self>) -> Result<u64, StoreError>;
+}
+
+/// What a store that locks objects does beside what every [`Store`] does: nobody takes a locked
+/// object away before its time.
+pub trait ObjectLock: Send + Sync {
+    /// Makes sure that objects can be locked at this place, one by one.
+    ///
+    /// # Errors
+    /// `Unsupported` with the reason when they cannot.
+    fn require(&self) -> Result<(), StoreError>;
+
+    /// From now on each new object is locked as the policy says, if it
+    /// [`applies`](LockPolicy::applies_to) to its name.
+    fn engage(&self, policy: LockPolicy);
+
+    /// The time by which locks run out.
+    fn now(&self) -> Timestamp;
+
+    /// Until when an object is locked; none when it is not.
+    ///
+    /// # Errors
+    /// `NotFound`, or the device's error.
+    fn locked_until(&self, name: &ObjectName) -> Result<Option<Timestamp>, StoreError>;
+
+    /// Locks objects until then, at least; none is locked for less than before.
+    ///
+    /// # Errors
+    /// `NotFound`, or the device's first error; some of them may be extended then.
+    fn extend(&self, names: &[ObjectName], until: Timestamp) -> Result<(), StoreError>;
+
+    /// As [`Store::delete`], but leaves what is locked, and returns it.
+    ///
+    /// # Errors
+    /// As [`Store::delete`].
+    fn delete_unlocked(&self, names: &[ObjectName]) -> Result<Vec<ObjectName>, StoreError>;
 }
 
 /// A place for objects; safe to share between threads, processes and hosts.
@@ -228,6 +267,11 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// # Errors
     /// The device's error.
     fn remove_leftovers(&self, leftovers: &[String]) -> Result<(), StoreError>;
+
+    /// The locks of this store; none where it has no such thing.
+    fn lock(&self) -> Option<&dyn ObjectLock> {
+        None
+    }
 
     /// What was sent and received so far; none where nothing is counted, as on a local disk.
     fn traffic(&self) -> Option<Traffic> {

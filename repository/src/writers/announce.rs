@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -15,6 +15,11 @@ use crate::store::ObjectName;
 
 /// How often a writer raises its counter. A beat costs a few fsyncs; gc waits for several of them.
 pub const HEARTBEAT_PERIOD: Duration = Duration::from_secs(10);
+
+/// A listing that is older is no hiccup of the store.
+const LISTED_WITHIN: Duration = Duration::from_secs(5);
+/// How often it is looked at meanwhile.
+const LISTING_PERIOD: Duration = Duration::from_millis(250);
 
 pub(super) const KIND: Kind = Kind::new(b"WRTR");
 
@@ -83,7 +88,15 @@ impl Announcement {
 impl Coordination {
     /// Announces a writer durably, then reads the generation.
     pub(crate) fn announce(&self, record: &WriterRecord) -> Result<Announcement> {
-        self.put(&writer_name(&record.writer)?, KIND, record)?;
+        let name = writer_name(&record.writer)?;
+        self.put(&name, KIND, record)?;
+        // One that is gone was given up by a gc: the fence is found at the commit.
+        let is_seen =
+            || Ok(self.store.names(WRITERS)?.contains(&name) || !self.store.exists(&name)?);
+        if let Err(error) = self.await_listing(is_seen) {
+            self.forget_writer(&record.writer)?;
+            return Err(error);
+        }
         let generation = self.generation()?;
         let heart = match Heart::start(self.clone(), record.writer.clone()) {
             Ok(heart) => heart,
@@ -97,6 +110,27 @@ impl Coordination {
         };
         let writer = record.writer.clone();
         Ok(Announcement { coordination: self.clone(), writer, generation, heart })
+    }
+
+    /// Waits until listings show what was just put: a writer's announcement, a gc's generation. Of
+    /// two who each see their own before they look for the other's, one sees the other's, also
+    /// where all listings are a little old.
+    fn await_listing(&self, is_seen: impl Fn() -> Result<bool>) -> Result<()> {
+        let begun = Instant::now();
+        while !is_seen()? {
+            if begun.elapsed() >= LISTED_WITHIN {
+                let (location, seconds) = (self.store.location(), LISTED_WITHIN.as_secs());
+                return Err(Error::Refused {
+                    what: format!(
+                        "{location} does not list what it stored {seconds} s before: a gc would \
+                         delete what it does not see"
+                    ),
+                    advice: "try again later; if it stays, this store is not fit for a repository",
+                });
+            }
+            std::thread::sleep(LISTING_PERIOD);
+        }
+        Ok(())
     }
 
     /// All announced writers.
@@ -144,6 +178,7 @@ impl Coordination {
         let next = Generation(last.0 + 1);
         // Another gc that was first has had the same effect for our writers.
         accept_existing(self.store.put(&generation_name(next)?, b"").map_err(Error::from))?;
+        self.await_listing(|| Ok(self.generation()? >= next))?;
         // The last one stays: a listing under way must meet one of the two.
         let old = self.store.list(GENERATIONS)?.into_iter().map(|entry| entry.name);
         let keep = generation_name(last)?;

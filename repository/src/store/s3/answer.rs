@@ -144,18 +144,63 @@ pub(super) fn error_within(body: &[u8]) -> Option<Refusal> {
     is_error.then(|| Refusal::read(200, body))
 }
 
-/// What of a batch was not deleted: the first one.
-pub(super) fn not_deleted(body: &[u8]) -> Result<Option<(String, Refusal)>, Nonsense> {
+/// What of a batch was not deleted.
+pub(super) fn not_deleted(body: &[u8]) -> Result<Vec<(String, Refusal)>, Nonsense> {
     let document = parse(body)?;
-    let mut errors =
+    let errors =
         document.root_element().children().filter(|node| node.tag_name().name() == "Error");
     let gone = |node: &Node<'_, '_>| {
-        child(*node, "Code").and_then(|code| code.text()) == Some("NoSuchKey")
+        let code = child(*node, "Code").and_then(|code| code.text());
+        matches!(code, Some("NoSuchKey" | "NoSuchVersion"))
     };
-    Ok(errors.find(|node| !gone(node)).map(|node| {
+    let refusal = |node| {
         let of = |name| text_of(node, name).unwrap_or_default();
         (of("Key"), Refusal { status: 200, code: of("Code"), message: of("Message") })
-    }))
+    };
+    Ok(errors.filter(|node| !gone(node)).map(refusal).collect())
+}
+
+/// A version of a key, or a mark that hides those before it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Version {
+    pub(super) key: String,
+    pub(super) id: String,
+}
+
+/// Versions and marks. The mark of the next page is a key and, behind a line feed, an id.
+pub(super) fn versions(body: &[u8]) -> Result<Page<Version>, Nonsense> {
+    let document = parse(body)?;
+    let root = document.root_element();
+    let mut items = Vec::new();
+    let is_one = |node: &Node<'_, '_>| matches!(node.tag_name().name(), "Version" | "DeleteMarker");
+    for entry in root.children().filter(is_one) {
+        let (Some(key), Some(id)) = (text_of(entry, "Key"), text_of(entry, "VersionId")) else {
+            return Err("its listing has a version without a name or id".to_owned());
+        };
+        items.push(Version { key, id });
+    }
+    let id = text_of(root, "NextVersionIdMarker").unwrap_or_default();
+    let next = text_of(root, "NextKeyMarker").map(|key| format!("{key}\n{id}"));
+    Ok(Page { items, next: following(root, next)? })
+}
+
+/// What a bucket says of its locks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Locking {
+    pub(super) is_enabled: bool,
+    /// All that is put into it is locked, asked or not.
+    pub(super) has_default: bool,
+}
+
+/// The configuration of locks of a bucket.
+pub(super) fn locking(body: &[u8]) -> Result<Locking, Nonsense> {
+    let document = parse(body)?;
+    let root = document.root_element();
+    let is_enabled =
+        text_of(root, "ObjectLockEnabled").is_some_and(|text| text.trim() == "Enabled");
+    let rule = child(root, "Rule").and_then(|rule| child(rule, "DefaultRetention"));
+    let has_default = rule.is_some_and(|rule| rule.has_children());
+    Ok(Locking { is_enabled, has_default })
 }
 
 #[cfg(test)]
@@ -208,9 +253,29 @@ mod tests {
         assert_eq!(error_within(b"<CompleteMultipartUploadResult/>"), None);
         let batch = b"<DeleteResult><Deleted><Key>a</Key></Deleted><Error><Key>b</Key><Code>\
                       AccessDenied</Code></Error></DeleteResult>";
-        assert_eq!(not_deleted(batch).unwrap().unwrap().0, "b");
+        assert_eq!(not_deleted(batch).unwrap()[0].0, "b");
         let gone =
             b"<DeleteResult><Error><Key>b</Key><Code>NoSuchKey</Code></Error></DeleteResult>";
-        assert_eq!(not_deleted(gone).unwrap(), None);
+        assert_eq!(not_deleted(gone).unwrap(), []);
+    }
+
+    #[test]
+    fn versions_and_marks_are_both_listed_and_locks_are_read() {
+        let body = format!(
+            "<ListVersionsResult {NS}><IsTruncated>true</IsTruncated><NextKeyMarker>p/a</NextKeyMarker>\
+             <NextVersionIdMarker>2</NextVersionIdMarker><Version><Key>p/a</Key><VersionId>1</VersionId>\
+             </Version><DeleteMarker><Key>p/a</Key><VersionId>2</VersionId></DeleteMarker>\
+             </ListVersionsResult>"
+        );
+        let page = versions(body.as_bytes()).unwrap();
+        let ids: Vec<&str> = page.items.iter().map(|version| version.id.as_str()).collect();
+        assert_eq!((ids, page.next.as_deref()), (vec!["1", "2"], Some("p/a\n2")));
+        assert!(versions(body.replace("NextKeyMarker", "Other").as_bytes()).is_err());
+        let on = "<ObjectLockConfiguration><ObjectLockEnabled>Enabled</ObjectLockEnabled>RULE\
+                  </ObjectLockConfiguration>";
+        let rule = "<Rule><DefaultRetention><Mode>COMPLIANCE</Mode></DefaultRetention></Rule>";
+        let read = |rule: &str| locking(on.replace("RULE", rule).as_bytes()).unwrap();
+        assert_eq!(read(""), Locking { is_enabled: true, has_default: false });
+        assert_eq!(read(rule), Locking { is_enabled: true, has_default: true });
     }
 }

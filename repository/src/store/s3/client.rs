@@ -167,6 +167,12 @@ impl Client {
         })
     }
 
+    /// The time, by the server's clock where it differs much.
+    pub(super) fn now(&self) -> Timestamp {
+        let ahead = SignedDuration::from_secs(self.clock_ahead.load(Ordering::Relaxed));
+        Timestamp::now().saturating_add(ahead).unwrap_or(Timestamp::UNIX_EPOCH)
+    }
+
     pub(super) fn settings(&self) -> &S3Settings {
         &self.settings
     }
@@ -278,8 +284,7 @@ impl Client {
             headers: &request.headers,
             body: request.body.unwrap_or_default(),
         };
-        let ahead = SignedDuration::from_secs(self.clock_ahead.load(Ordering::Relaxed));
-        let now = Timestamp::now().saturating_add(ahead).unwrap_or(Timestamp::UNIX_EPOCH);
+        let now = self.now();
         let credentials = self.credentials.read().unwrap_or_else(PoisonError::into_inner).clone();
         let headers = sign::headers(&signed, &credentials, &settings.region, now);
         let query = sign::query(&query);

@@ -66,8 +66,8 @@ impl Shared {
         only_if_new: bool,
         until: Option<Instant>,
     ) -> Result<Option<String>, Failed> {
-        let headers =
-            if only_if_new { vec![("if-none-match", "*".to_owned())] } else { Vec::new() };
+        let mut headers = self.lock_headers(key, bytes);
+        headers.extend(only_if_new.then(|| ("if-none-match", "*".to_owned())));
         let request = Request {
             method: "PUT",
             key: key.to_owned(),

@@ -13,11 +13,12 @@ mod client;
 mod create;
 mod credentials;
 mod lock;
+mod object_lock;
 mod settings;
 mod sign;
 mod upload;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use md5::{Digest, Md5};
@@ -25,15 +26,18 @@ use md5::{Digest, Md5};
 pub use address::S3Address;
 pub use settings::S3Settings;
 
-use self::answer::Upload;
+use self::answer::{Refusal, Upload};
 use self::client::{Client, Failed, Request, Trouble};
 use self::create::Creation;
 use self::upload::{S3Writer, Turns};
 use super::http::Silence;
+use super::retry::Fault;
 use super::traffic::Charge;
 use super::{
-    Access, ObjectEntry, ObjectName, ObjectWriter, Store, StoreError, StoreErrorKind, Traffic,
+    Access, ObjectEntry, ObjectLock, ObjectName, ObjectWriter, Store, StoreError, StoreErrorKind,
+    Traffic,
 };
+use crate::lock::LockPolicy;
 use crate::names;
 
 /// Listings have at most 1,000 entries of some hundred bytes.
@@ -46,6 +50,15 @@ const SINGLY_MAX: usize = 4;
 const UPLOADED: [&str; 4] = [names::PACKS, names::RUNS, names::POINTS, names::RECEIPTS];
 /// Where what is no object lies.
 const OWN: &str = ".icecore/";
+
+/// Whether a bucket that has to be made is to lock objects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Locking {
+    /// It is.
+    Wanted,
+    /// It need not.
+    NotWanted,
+}
 
 /// Objects in a bucket.
 #[derive(Debug)]
@@ -62,6 +75,8 @@ struct Shared {
     access: Access,
     /// None before it was tried.
     creation: Mutex<Option<Creation>>,
+    /// How objects are locked, once the repository has said so.
+    lock: OnceLock<LockPolicy>,
     turns: Arc<Turns>,
 }
 
@@ -78,18 +93,25 @@ impl S3Store {
         let location = address.to_string();
         let client = Client::new(address, settings).map_err(|why| setup_error(&location, why))?;
         let (root, creation, turns) = (address.root(), Mutex::default(), Arc::default());
-        Ok(Self { shared: Arc::new(Shared { client, location, root, access, creation, turns }) })
+        let lock = OnceLock::new();
+        let shared = Shared { client, location, root, access, creation, lock, turns };
+        Ok(Self { shared: Arc::new(shared) })
     }
 
-    /// As [`open`](Self::open) for writing; makes the bucket if it is missing.
+    /// As [`open`](Self::open) for writing; makes the bucket if it is missing, with object lock
+    /// where objects are to be locked.
     ///
     /// # Errors
     /// What the server says.
-    pub fn create(address: &S3Address, settings: S3Settings) -> Result<Self, StoreError> {
+    pub fn create(
+        address: &S3Address,
+        settings: S3Settings,
+        locking: Locking,
+    ) -> Result<Self, StoreError> {
         let store = Self::open(address, settings, Access::ReadWrite)?;
         let shared = &store.shared;
         match shared.page(&shared.root, None) {
-            Err(failed) if failed.has_code("NoSuchBucket") => shared.make_bucket()?,
+            Err(failed) if failed.has_code("NoSuchBucket") => shared.make_bucket(locking)?,
             Err(failed) => return Err(shared.failed("open", "the bucket", &failed)),
             Ok(_) => {}
         }
@@ -133,7 +155,7 @@ impl Shared {
         Err(self.error(StoreErrorKind::ReadOnly, action, object, why))
     }
 
-    fn make_bucket(&self) -> Result<(), StoreError> {
+    fn make_bucket(&self, locking: Locking) -> Result<(), StoreError> {
         let settings = self.client.settings();
         // AWS wants to hear a region other than its first one here; other servers refuse theirs.
         let place = if settings.is_aws && settings.region != "us-east-1" {
@@ -146,7 +168,11 @@ impl Shared {
             String::new()
         };
         let body = Some(place.as_bytes());
-        let request = Request { method: "PUT", body, ..Request::default() };
+        let headers = match locking {
+            Locking::Wanted => vec![("x-amz-bucket-object-lock-enabled", "true".to_owned())],
+            Locking::NotWanted => Vec::new(),
+        };
+        let request = Request { method: "PUT", headers, body, ..Request::default() };
         match self.client.call(Charge::Write, &request, |_| Ok(())) {
             Err(failed) if failed.has_code("BucketAlreadyOwnedByYou") => Ok(()),
             other => other.map_err(|failed| self.failed("create", "the bucket", &failed)),
@@ -190,6 +216,17 @@ impl Shared {
             list.push_str("</Key></Object>");
         }
         list.push_str("</Delete>");
+        let failed = |failed: Failed| self.failed("delete", "objects", &failed);
+        match self.delete_listed(&list).map_err(failed)?.pop() {
+            None => Ok(()),
+            Some((_, refusal)) => {
+                Err(failed(Failed { trouble: Trouble::Refused(refusal), tries: 1 }))
+            }
+        }
+    }
+
+    /// Deletes what a list names; returns what of it was refused.
+    fn delete_listed(&self, list: &str) -> Result<Vec<(String, Refusal)>, Failed> {
         let request = Request {
             method: "POST",
             query: vec![("delete", String::new())],
@@ -197,17 +234,17 @@ impl Shared {
             body: Some(list.as_bytes()),
             ..Request::default()
         };
-        let deleted = self.client.call(Charge::Delete, &request, |good| {
+        self.client.call(Charge::Delete, &request, |good| {
             let body = good.body(ANSWER_BYTES_MAX)?;
             if let Some(refusal) = answer::error_within(&body) {
                 return Err(Trouble::Refused(refusal));
             }
-            match answer::not_deleted(&body).map_err(Trouble::Nonsense)? {
-                None => Ok(()),
-                Some((_, refusal)) => Err(Trouble::Refused(refusal)),
+            let refused = answer::not_deleted(&body).map_err(Trouble::Nonsense)?;
+            match refused.iter().find(|(_, refusal)| refusal.fault() != Fault::Final) {
+                Some((_, refusal)) => Err(Trouble::Refused(refusal.clone())),
+                None => Ok(refused),
             }
-        });
-        deleted.map_err(|failed| self.failed("delete", "objects", &failed))
+        })
     }
 
     /// Length of an object, if there is one.
@@ -420,6 +457,9 @@ impl Store for S3Store {
         for name in names {
             self.shared.must_be_writable("delete", name.as_str())?;
         }
+        if self.shared.lock.get().is_some() {
+            return self.shared.delete_for_good(names);
+        }
         if names.len() > SINGLY_MAX {
             return names.chunks(BATCH_MAX).try_for_each(|batch| self.shared.delete_batch(batch));
         }
@@ -448,6 +488,10 @@ impl Store for S3Store {
             aborted.map_err(|failed| self.shared.failed("remove", key, &failed))?;
         }
         Ok(())
+    }
+
+    fn lock(&self) -> Option<&dyn ObjectLock> {
+        Some(self)
     }
 
     fn traffic(&self) -> Option<Traffic> {

@@ -184,7 +184,8 @@ impl S3Writer {
                 write!(list, "<Part><PartNumber>{number}</PartNumber><ETag>{tag}</ETag></Part>");
         }
         list.push_str("</CompleteMultipartUpload>");
-        self.shared.complete(&self.name, &upload.id, list.as_bytes(), self.bytes)
+        self.shared.complete(&self.name, &upload.id, list.as_bytes(), self.bytes)?;
+        self.shared.lock_finished(&self.name)
     }
 
     /// Waits for what is under way, and gives the parts up.

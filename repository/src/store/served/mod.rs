@@ -64,6 +64,8 @@ pub fn kind_name(kind: StoreErrorKind) -> &'static str {
         StoreErrorKind::Credentials => "credentials",
         StoreErrorKind::Unreachable => "unreachable",
         StoreErrorKind::Server => "server",
+        StoreErrorKind::Locked => "locked",
+        StoreErrorKind::Unsupported => "unsupported",
         StoreErrorKind::Io => "io",
     }
 }
@@ -80,6 +82,8 @@ fn kind_of(name: &str) -> Option<StoreErrorKind> {
         Kind::Credentials,
         Kind::Unreachable,
         Kind::Server,
+        Kind::Locked,
+        Kind::Unsupported,
         Kind::Io,
     ];
     kinds.into_iter().find(|kind| kind_name(*kind) == name)
