@@ -16,12 +16,13 @@ use crate::context::Context;
 use crate::failure::{Failure, Outcome};
 use crate::guardian_process;
 use crate::libvirt::checkpoint::CheckpointName;
-use crate::libvirt::{Domain, Virsh, recover};
+use crate::libvirt::{CaptureForm, Domain, Kind, State, Virsh, recover};
 use crate::points::is_alive;
 use crate::state::LibvirtRun;
 use crate::state::intents;
 use crate::state::jobs::{self, JobKind, JobRecord, JobState, JobStatus};
 use crate::state::locks::{Lock, LockKey};
+use crate::target::guard_domain;
 
 /// How long a repository may take to say whether it holds a point.
 const REPOSITORY_WAIT: Duration = Duration::from_secs(30);
@@ -83,6 +84,9 @@ async fn recover(
     let writing = !record.writing.is_empty() || was_writing(context, &record);
     let left = match (record.qmp.clone(), record.libvirt.clone()) {
         (Some(qmp), _) => recover_qemu(context, &record, &qmp, own, &tried).await?,
+        (None, Some(run)) if run.form == CaptureForm::Direct => {
+            recover_direct(context, &record, &run, &tried).await?
+        }
         (None, Some(run)) => {
             recover_libvirt(context, &record, &run, writing, &tried).await?;
             Vec::new()
@@ -156,6 +160,37 @@ async fn recover_qemu(
         Err(error) if error.kind == ErrorKind::Unreachable => return Ok(Vec::new()),
         other => drop(other.map_err(|e| failure(tried, e))?),
     }
+    undo(context, record, &guardian, last, tried).await
+}
+
+/// The same for a domain whose monitor libvirt holds.
+async fn recover_direct(
+    context: &Context,
+    record: &JobRecord,
+    run: &LibvirtRun,
+    tried: &str,
+) -> Outcome<Vec<String>> {
+    let recorded = intents::read::<Intents>(&context.state, &record.job)?;
+    let Some(last) = recorded.and_then(|mut all| all.pop()) else { return Ok(Vec::new()) };
+    let virsh = Virsh::new(&run.uri)?;
+    let domain = Domain { virsh, name: run.uuid.clone(), uuid: run.uuid.clone() };
+    match domain.state() {
+        Ok(State::ShutOff) => return Ok(Vec::new()),
+        Err(e) if e.kind == Kind::NoDomain => return Ok(Vec::new()),
+        other => drop(other.map_err(|e| e.failure(tried))?),
+    }
+    let guardian = guard_domain(context, &domain, run.freezes, tried).await?;
+    undo(context, record, &guardian, last, tried).await
+}
+
+/// Undoes a run in the QEMU that `guardian` is connected to.
+async fn undo(
+    context: &Context,
+    record: &JobRecord,
+    guardian: &GuardianClient,
+    last: Intents,
+    tried: &str,
+) -> Outcome<Vec<String>> {
     let socket = record.scratch.as_ref().map(|dir| dir.join("nbd.sock"));
     let first = Intents { commit: CommitState::Unknown, ..last.clone() };
     let undone = guardian.recover(first, socket.clone()).await.map_err(|e| failure(tried, e))?;
@@ -167,7 +202,7 @@ async fn recover_qemu(
     if commit == CommitState::Committed
         && let Some(first) = facts.disks.first_mut()
     {
-        first.old_bitmaps = superseded(&guardian, record, tried).await?;
+        first.old_bitmaps = superseded(guardian, record, tried).await?;
     }
     let released = guardian.recover(facts, socket).await.map_err(|e| failure(tried, e))?;
     Ok(released.left)

@@ -12,8 +12,9 @@ use crate::cli::VmArgs;
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
 use crate::guardian_process;
+use crate::libvirt::relay::{self, Channel};
 use crate::libvirt::warden::WardenClient;
-use crate::libvirt::{Domain, Virsh};
+use crate::libvirt::{CaptureForm, Domain, Virsh};
 use crate::state::JobId;
 use crate::state::locks::{Lock, LockKey};
 
@@ -37,6 +38,8 @@ pub struct Vm {
     pub disks: Vec<String>,
     /// The configured command that starts it after a rollback.
     pub restart: Vec<String>,
+    /// How it is captured while it runs, where it is a domain.
+    pub capture: CaptureForm,
 }
 
 impl Vm {
@@ -67,7 +70,8 @@ impl Vm {
         };
         let disks = table.map(|vm| vm.disks.clone()).unwrap_or_default();
         let restart = table.map(|vm| vm.restart.clone()).unwrap_or_default();
-        Ok(Self { name: vm_name(name, tried)?, reach, disks, restart })
+        let capture = table.map(|vm| vm.capture).unwrap_or_default();
+        Ok(Self { name: vm_name(name, tried)?, reach, disks, restart, capture })
     }
 
     fn in_place(args: &VmArgs, tried: &str) -> Outcome<Self> {
@@ -75,7 +79,8 @@ impl Vm {
             let domain = Domain::find(Virsh::new(uri)?, domain, tried)?;
             let name = vm_name(args.name.as_ref().unwrap_or(&domain.name), tried)?;
             let (disks, restart) = (Vec::new(), Vec::new());
-            return Ok(Self { name, reach: Reach::Libvirt(domain), disks, restart });
+            let (reach, capture) = (Reach::Libvirt(domain), args.capture.unwrap_or_default());
+            return Ok(Self { name, reach, disks, restart, capture });
         }
         let Some(name) = &args.name else {
             return Err(Failure::usage(tried, "no VM is named")
@@ -89,8 +94,8 @@ impl Vm {
             }
             None => Reach::Images(images(&args.image)?),
         };
-        let (disks, restart) = (Vec::new(), Vec::new());
-        Ok(Self { name: vm_name(name, tried)?, reach, disks, restart })
+        let (disks, restart, capture) = (Vec::new(), Vec::new(), CaptureForm::default());
+        Ok(Self { name: vm_name(name, tried)?, reach, disks, restart, capture })
     }
 
     /// Its QMP socket, if it runs.
@@ -137,6 +142,24 @@ pub async fn guard(
     let failed = |e| crate::capture::qmp::failure(tried, e);
     let greeted = guardian.connect(qmp.to_owned(), qga).await.map_err(failed)?;
     known::learn(&guardian, &context.state, qmp, greeted).await.map_err(failed)?;
+    Ok(guardian)
+}
+
+/// Starts a guardian for a domain that runs, through libvirt's monitor, and connects it. The
+/// warden of an earlier run is waited for: the two are one lock.
+pub async fn guard_domain(
+    context: &Context,
+    domain: &Domain,
+    agent: bool,
+    tried: &str,
+) -> Outcome<icecore_qmp::guardian::GuardianClient> {
+    let key = LockKey::warden(&domain.uuid);
+    let lock = Lock::wait_for_guardian(&context.state, &key, tried).await?;
+    let guardian = guardian_process::start(vec![lock], tried)?;
+    let monitor = relay::place(domain, Channel::Monitor);
+    let agent = agent.then(|| relay::place(domain, Channel::Agent));
+    let failed = |e| crate::capture::qmp::failure(tried, e);
+    guardian.connect(monitor, agent).await.map_err(failed)?;
     Ok(guardian)
 }
 

@@ -19,6 +19,7 @@ use tokio::net::UnixStream;
 use tokio::time::Instant;
 
 use crate::errors::QmpError;
+use crate::place::Place;
 use crate::session::Failure;
 
 mod link;
@@ -92,14 +93,20 @@ pub struct Agent {
 impl Agent {
     /// Connects to the host's end of the channel. That the agent lives shows with the first call.
     pub async fn connect(path: &Path, deadline: Duration) -> Result<Self, QmpError> {
+        Self::reach(&path.to_owned().into(), deadline).await
+    }
+
+    /// Connects to the channel, wherever its host's end is.
+    pub async fn reach(place: &Place, deadline: Duration) -> Result<Self, QmpError> {
         let until = Instant::now() + deadline;
-        let stream = match crate::monitor::connect(path, until, deadline).await {
+        match place.open(until, deadline).await {
             Err(QmpError::NoGreeting { path, waited }) => {
-                return Err(QmpError::AgentSilent { path, waited });
+                Err(QmpError::AgentSilent { path, waited })
             }
-            other => other?,
-        };
-        Ok(Self { path: path.to_owned(), stream, link: Link::new() })
+            Err(error) => Err(error),
+            // A program that speaks for the agent ends when this connection does.
+            Ok((stream, _)) => Ok(Self { path: place.name(), stream, link: Link::new() }),
+        }
     }
 
     /// Runs one command, brought into step before where needed, all within `deadline`.

@@ -21,6 +21,7 @@ pub mod freeze;
 pub mod guardian;
 pub mod inventory;
 pub mod monitor;
+mod place;
 pub mod recover;
 pub mod session;
 #[cfg(any(test, feature = "testing"))]
@@ -29,3 +30,4 @@ pub mod testing;
 pub use errors::QmpError;
 pub use frame::{FrameError, MAX_DEPTH, MAX_MESSAGE_BYTES};
 pub use monitor::Monitor;
+pub use place::{NOBODY_THERE, Place};

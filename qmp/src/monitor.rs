@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use crate::errors::QmpError;
 use crate::features::QemuVersion;
+use crate::place::{self, Place};
 use crate::session::{Event, Failure};
 
 mod driver;
@@ -66,6 +67,17 @@ impl Monitor {
         let until = Instant::now() + deadline;
         let stream = connect(path, until, deadline).await?;
         Self::negotiate(stream, path, until, deadline).await
+    }
+
+    /// Connects to a monitor, wherever it is, and negotiates, all within `deadline`.
+    pub async fn reach(place: &Place, deadline: Duration) -> Result<Self, QmpError> {
+        let until = Instant::now() + deadline;
+        let (stream, child) = place.open(until, deadline).await?;
+        let name = place.name();
+        match Self::negotiate(stream, &name, until, deadline).await {
+            Err(error) => Err(place::told_by(child, &name, error).await),
+            met => met,
+        }
     }
 
     /// Negotiates on a connected stream; `name` stands for its path in messages.

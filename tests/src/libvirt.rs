@@ -34,6 +34,10 @@ touch "$1/ready"
 exec sleep infinity
 "#;
 
+/// The channel of the guest's agent.
+pub const AGENT_CHANNEL: &str =
+    "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>";
+
 /// A libvirt daemon.
 #[derive(Debug)]
 pub struct Libvirt {
@@ -107,6 +111,16 @@ impl Libvirt {
     /// Defines a domain of this name with the test guest: `vda` (ext4, with the ordered writer) and
     /// `vdb` (raw content), both qcow2.
     pub fn define(&self, name: &str) -> Result<Domain<'_>> {
+        self.define_with(name, AGENT_CHANNEL)
+    }
+
+    /// The same without a channel for the guest's agent.
+    pub fn define_without_agent(&self, name: &str) -> Result<Domain<'_>> {
+        self.define_with(name, "")
+    }
+
+    /// The same with these devices beside the disks and the guest's shell.
+    pub fn define_with(&self, name: &str, devices: &str) -> Result<Domain<'_>> {
         for (disk, size) in [("vda", "192M"), ("vdb", "64M")] {
             let image = self.path(&format!("{name}-{disk}.qcow2"));
             run(Command::new("qemu-img")
@@ -131,8 +145,7 @@ impl Libvirt {
              <emulator>/usr/bin/qemu-system-x86_64</emulator>{}{}\
              <serial type='file'><source path='{}'/></serial>\
              <controller type='virtio-serial' index='0'/>\
-             <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
-             <channel type='unix'><source mode='bind' path='{}'/>\
+             {devices}<channel type='unix'><source mode='bind' path='{}'/>\
              <target type='virtio' name='icecore.lab.shell'/></channel>\
              <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>\
              <memballoon model='none'/></devices></domain>",
@@ -209,12 +222,24 @@ impl Domain<'_> {
 
     /// Waits for a guest whose shell is behind this socket.
     pub fn wait_ready(&self, socket: &str) -> Result<Shell> {
-        let mut shell = Shell::connect(&self.libvirt.path(socket))?;
-        shell.wait_ready(BOOT_DEADLINE).during("guest boot")?;
+        let shell = self.wait_shell(socket)?;
         wait_until("the guest agent", BOOT_DEADLINE, || {
             Ok(self.virsh("dumpxml", &[])?.contains("guest_agent.0' state='connected'"))
         })?;
         Ok(shell)
+    }
+
+    /// Waits for the shell alone, of a guest without an agent.
+    pub fn wait_shell(&self, socket: &str) -> Result<Shell> {
+        let mut shell = Shell::connect(&self.libvirt.path(socket))?;
+        shell.wait_ready(BOOT_DEADLINE).during("guest boot")?;
+        Ok(shell)
+    }
+
+    /// Runs a QMP command through libvirt's monitor.
+    pub fn qmp(&self, command: &str) -> Result<serde_json::Value> {
+        let answer = self.virsh("qemu-monitor-command", &["--cmd", command])?;
+        Ok(serde_json::from_str(&answer)?)
     }
 
     /// Whether it runs.

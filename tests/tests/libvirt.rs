@@ -6,8 +6,8 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use icecore_tests::{
-    Domain, Fs, Icecore, Libvirt, MIB, Result, Run, Shell, check_writer_in_images, compare, count,
-    image_to_raw, of_disk, require_mode, text, wait_until,
+    Domain, Icecore, Libvirt, MIB, Result, Run, Shell, compare, count, image_to_raw, of_disk,
+    prove_backup, prove_point, reference_vdb, require_mode, text, wait_until, write_vdb,
 };
 use rustix::process::Signal;
 use serde_json::Value;
@@ -18,42 +18,9 @@ const UNDONE: Duration = Duration::from_secs(60);
 /// are started slowly on a busy machine).
 const HOOK_MAX: Duration = Duration::from_secs(3);
 
-/// Writes random content at a place of `vdb` and waits until it is in the image.
-fn write_vdb(shell: &mut Shell, at_mib: u64, mib: u64) -> Result<()> {
-    let command = format!(
-        "dd if=/dev/urandom of=/dev/lab/vdb bs=1M seek={at_mib} count={mib} conv=notrunc,fsync 2>&1"
-    );
-    shell.run(&command).map(drop)
-}
-
-/// What `vdb` holds now; the guest leaves it alone between writes.
-fn reference(domain: &Domain<'_>, raw: &Path) -> Result<()> {
-    image_to_raw(&domain.image("vdb"), "qcow2", raw)
-}
-
-fn backup(icecore: &Icecore, domain: &Domain<'_>) -> Result<Value> {
-    domain.icecore(icecore, "backup").json()
-}
-
-/// Restores a point and judges it: `vdb` byte for byte, `vda` by its writer's order.
-fn prove(icecore: &Icecore, report: &Value, vdb: &Path) -> Result<()> {
-    let point = text(report, "point")?;
-    let folder = icecore.path(&format!("restored-{point}"));
-    icecore.restore_all(point, &folder)?;
-    compare(vdb, &folder.join("vdb.raw"))?;
-    check_writer_in_images(&[(folder.join("vda.raw"), Fs::Ext4)])?;
-    Ok(std::fs::remove_dir_all(folder)?)
-}
-
 /// Takes a point and proves it.
 fn prove_next(icecore: &Icecore, domain: &Domain<'_>) -> Result<(Value, PathBuf)> {
-    let raw = icecore.path("reference.raw");
-    reference(domain, &raw)?;
-    let report = backup(icecore, domain)?;
-    let kept = icecore.path(&format!("{}.raw", text(&report, "point")?));
-    std::fs::rename(raw, &kept)?;
-    prove(icecore, &report, &kept)?;
-    Ok((report, kept))
+    prove_backup(icecore, domain, domain.icecore(icecore, "backup"))
 }
 
 fn slow_backup(icecore: &Icecore, domain: &Domain<'_>) -> Run {
@@ -119,7 +86,7 @@ fn a_worker_is_killed(icecore: &Icecore, libvirt: &Libvirt, shell: &mut Shell) -
 fn libvirt_is_killed(icecore: &Icecore, libvirt: &mut Libvirt, shell: &mut Shell) -> Result<()> {
     write_vdb(shell, 24, 1)?;
     let raw = icecore.path("killed.raw");
-    reference(&libvirt.domain("one"), &raw)?;
+    reference_vdb(&libvirt.domain("one"), &raw)?;
     let run = slow_backup(icecore, &libvirt.domain("one")).start()?;
     wait_for_job(&libvirt.domain("one"))?;
     std::thread::sleep(Duration::from_secs(1));
@@ -128,7 +95,7 @@ fn libvirt_is_killed(icecore: &Icecore, libvirt: &mut Libvirt, shell: &mut Shell
     libvirt.start_daemon()?;
     let ended = run.finish()?;
     if ended.status == Some(0) {
-        prove(icecore, &ended.json()?, &raw)?;
+        prove_point(icecore, &ended.json()?, &raw)?;
     }
     let (next, _) = prove_next(icecore, &libvirt.domain("one"))?;
     require_clean(icecore, &libvirt.domain("one"), &next)
@@ -160,7 +127,7 @@ fn rollback_and_off(
     assert_eq!(domain.state()?, "running");
     let mut shell = domain.wait_ready("one.sh")?;
     let now = icecore.path("now.raw");
-    reference(domain, &now)?;
+    reference_vdb(domain, &now)?;
     compare(first_vdb, &now)?;
     write_vdb(&mut shell, 30, 1)?;
     let (next, _) = prove_next(icecore, domain)?;

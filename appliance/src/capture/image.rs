@@ -16,6 +16,7 @@ use serde_json::json;
 use super::{Base, Capture, Data, DirtyMap, Fate, Readable, Recorder, SeenDisk, Taken, Task};
 use crate::failure::{Failure, Outcome};
 use crate::image::{self, Format, ImageInfo, RunDir, Served, Stamp, StorageDaemon};
+use crate::libvirt::CaptureForm;
 use crate::libvirt::checkpoint::{CheckpointName, remembered_name};
 use crate::nbd::Peer;
 use crate::report::Unprotected;
@@ -45,6 +46,8 @@ pub struct Machine {
     pub parts: Vec<CapsulePart>,
     /// Disks of it that are in no image, and why they cannot be backed up.
     pub refused: Vec<(DiskId, String)>,
+    /// How it is captured while it runs: it goes on with the bitmaps that are made here.
+    pub form: CaptureForm,
 }
 
 /// Reads `[ID=]FILE`. Without an id the file's name up to its extension is it.
@@ -146,9 +149,9 @@ impl ImageCapture {
         let Some(bitmap) = self.tasks[at].bitmap.clone() else { return Ok(()) };
         let (dir, granularity) = (self.made_dir()?, self.granularity);
         let tried = self.tried.clone();
-        let name = match self.machine {
-            Some(_) => CheckpointName::of(&bitmap).to_string(),
-            None => bitmap.to_string(),
+        let name = match self.machine.as_ref().map(|machine| machine.form) {
+            Some(CaptureForm::Job) => CheckpointName::of(&bitmap).to_string(),
+            Some(CaptureForm::Direct) | None => bitmap.to_string(),
         };
         let image = self.image(at);
         image::add_bitmap(

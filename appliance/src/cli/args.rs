@@ -195,6 +195,16 @@ pub enum Command {
     /// The process that keeps a domain of libvirt safe while a run is under way (started by icecore)
     #[command(name = "__warden", hide = true)]
     Warden,
+    /// The process that stands in for the sockets of a domain of libvirt (started by icecore)
+    #[command(name = "__relay", hide = true)]
+    Relay {
+        /// monitor or agent
+        channel: crate::libvirt::relay::Channel,
+        /// libvirt's
+        uri: String,
+        /// The domain's
+        uuid: String,
+    },
 }
 
 /// Which repository.

@@ -38,6 +38,9 @@ pub fn run() -> ExitCode {
     if matches!(cli.command, Command::Warden) {
         return crate::libvirt::warden::run();
     }
+    if let Command::Relay { channel, uri, uuid } = &cli.command {
+        return crate::libvirt::relay::run(*channel, uri, uuid);
+    }
     // Before anything that could fail or take time: libvirt keeps a domain waiting for it.
     if let Command::Hook(HookCommand::Libvirt { words }) = &cli.command {
         hook::run(&State::new(&cli.global.state_dir), words);
@@ -132,7 +135,7 @@ async fn dispatch(context: &Context, global: &Global, command: Command) -> Outco
         Command::Top(args) => commands::top::run(global, &args).await,
         Command::Serve => daemon::serve(global).await.map(|()| OK),
         // They were dealt with before there was a context.
-        Command::Guardian | Command::Warden | Command::Config(_) => {
+        Command::Guardian | Command::Warden | Command::Relay { .. } | Command::Config(_) => {
             Err(Failure::usage("run a command", "it has a way of its own"))
         }
     }

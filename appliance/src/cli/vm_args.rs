@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use crate::libvirt::CaptureForm;
+
 /// A VM by its configured name, or in place by its sockets or images.
 #[derive(Debug, Clone, Default, Args)]
 pub struct VmArgs {
@@ -19,6 +21,9 @@ pub struct VmArgs {
     /// A domain of this host's libvirt, by name or UUID
     #[arg(long, num_args = 2, value_names = ["URI", "DOMAIN"], conflicts_with_all = ["qmp", "image"])]
     pub libvirt: Vec<String>,
+    /// How that domain is captured while it runs: job (libvirt's backup) or direct [default: job]
+    #[arg(long, value_name = "FORM", requires = "libvirt")]
+    pub capture: Option<CaptureForm>,
     /// The name under which this VM's points are kept [default: the domain's]
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,

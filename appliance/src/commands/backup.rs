@@ -1,5 +1,7 @@
 //! `icecore backup`.
 
+use std::path::PathBuf;
+
 use icecore_io_engine::Priority;
 use icecore_qmp::bitmap::NamePart;
 use icecore_qmp::guardian::protocol::{Freeze, Then};
@@ -10,7 +12,7 @@ use crate::backup::{Backup, Governed, Request, granularity};
 use crate::capture::Capture;
 use crate::capture::decide::Level;
 use crate::capture::image::{ImageCapture, Named};
-use crate::capture::libvirt::{self, LibvirtCapture};
+use crate::capture::libvirt::{self, DirectCapture, LibvirtCapture};
 use crate::capture::qmp::{QmpCapture, Settings};
 use crate::cli::OK;
 use crate::cli::args::{BackupArgs, ConsistencyArg, FallbackArg, LevelArg, PriorityArg, SwitchArg};
@@ -21,7 +23,8 @@ use crate::failure::{Failure, Outcome};
 use crate::image::RunDir;
 use crate::interrupt::Interrupt;
 use crate::job::Job;
-use crate::libvirt::{Domain, PoweredOff, State};
+use crate::libvirt::half_written;
+use crate::libvirt::{CaptureForm, Domain, PoweredOff, State};
 use crate::names::human_bytes;
 use crate::output::{self, Rows};
 use crate::policy::notify::{self, Event};
@@ -67,7 +70,7 @@ pub async fn run(context: &Context, args: BackupArgs) -> Outcome<u8> {
     };
     let outcome = match &vm.reach {
         Reach::Qmp { qmp, qga } => run.live(&mut job, qmp, qga.as_deref(), &args).await,
-        Reach::Libvirt(domain) => run.domain(&mut job, domain, &args).await,
+        Reach::Libvirt(domain) => run.domain(&mut job, domain, vm.capture, &args).await,
         Reach::Images(_) if args.consistency == ConsistencyArg::Filesystem => {
             Err(no_filesystems(&tried))
         }
@@ -139,45 +142,63 @@ impl Run<'_> {
         qga: Option<&std::path::Path>,
         args: &BackupArgs,
     ) -> Outcome<BackupReport> {
-        let base = match &args.scratch {
-            Some(dir) => dir.clone(),
-            None => self.context.state.root().join("scratch"),
-        };
+        let base = self.scratch(args)?;
         job.record.qmp = Some(absolute(qmp, self.tried)?);
         job.record.qga = qga.map(|path| absolute(path, self.tried)).transpose()?;
-        job.record.scratch =
-            Some(absolute(&base, self.tried)?.join(format!("icecore-{}", job.id().run())));
+        job.record.scratch = Some(base.join(format!("icecore-{}", job.id().run())));
         let guardian =
             target::guard(self.context, qmp, qga.map(ToOwned::to_owned), self.tried).await?;
-        let settings = Settings {
+        let freeze = freeze(args, qga.is_some(), self.tried)?;
+        let settings = self.settings(job, freeze, base, args)?;
+        let log = IntentLog::create(&self.context.state, job.id())?;
+        let mut capture = QmpCapture::open(guardian, settings, log).await?;
+        self.back_up(job, &mut capture).await
+    }
+
+    /// The directory that holds the runs' scratch directories.
+    fn scratch(&self, args: &BackupArgs) -> Outcome<PathBuf> {
+        let default = || self.context.state.root().join("scratch");
+        absolute(&args.scratch.clone().unwrap_or_else(default), self.tried)
+    }
+
+    fn settings(
+        &self,
+        job: &Job,
+        freeze: Freeze,
+        scratch: PathBuf,
+        args: &BackupArgs,
+    ) -> Outcome<Settings> {
+        Ok(Settings {
             run: job.id().run().parse().map_err(|e| Failure::failed(self.tried, e))?,
-            freeze: freeze(args, qga.is_some(), self.tried)?,
-            scratch: base,
+            freeze,
+            scratch,
             scratch_limit: args.scratch_limit,
+            owner: None,
             then: Then::Continue,
             granularity: granularity(self.repository),
             repository: repository_part(self.repository, self.tried)?,
             activity: job.activity(),
             interrupt: self.interrupt.clone(),
             tried: self.tried.to_owned(),
-        };
-        let log = IntentLog::create(&self.context.state, job.id())?;
-        let mut capture = QmpCapture::open(guardian, settings, log).await?;
-        self.back_up(job, &mut capture).await
+        })
     }
 
     async fn domain(
         &self,
         job: &mut Job,
         domain: &Domain,
+        form: CaptureForm,
         args: &BackupArgs,
     ) -> Outcome<BackupReport> {
         match domain.state().map_err(|e| e.failure(self.tried))? {
-            State::Running | State::Paused => self.domain_that_runs(job, domain, args).await,
+            state @ (State::Running | State::Paused) => match form {
+                CaptureForm::Job => self.domain_that_runs(job, domain, args).await,
+                CaptureForm::Direct => self.domain_directly(job, domain, state, args).await,
+            },
             State::ShutOff if args.consistency == ConsistencyArg::Filesystem => {
                 Err(no_filesystems(self.tried))
             }
-            State::ShutOff => self.domain_that_is_off(job, domain).await,
+            State::ShutOff => self.domain_that_is_off(job, domain, form).await,
             State::IoError => {
                 let why = "libvirt has stopped the domain over a failed write";
                 Err(Failure::refused(self.tried, why).next("see to its storage first"))
@@ -195,11 +216,7 @@ impl Run<'_> {
         domain: &Domain,
         args: &BackupArgs,
     ) -> Outcome<BackupReport> {
-        let base = match &args.scratch {
-            Some(dir) => dir.clone(),
-            None => self.context.state.root().join("scratch"),
-        };
-        let base = absolute(&base, self.tried)?;
+        let base = self.scratch(args)?;
         let freeze = match args.consistency {
             ConsistencyArg::Crash => libvirt::Freeze::No,
             ConsistencyArg::Auto => libvirt::Freeze::Try(args.freeze_timeout),
@@ -211,6 +228,7 @@ impl Run<'_> {
             uuid: domain.uuid.clone(),
             freezes: freeze != libvirt::Freeze::No,
             restart: false,
+            form: CaptureForm::Job,
         });
         job.save(self.context)?;
         let settings = libvirt::Settings {
@@ -226,8 +244,54 @@ impl Run<'_> {
         self.back_up(job, &mut capture).await
     }
 
-    async fn domain_that_is_off(&self, job: &mut Job, domain: &Domain) -> Outcome<BackupReport> {
-        let off = PoweredOff::of(domain, self.tried)?;
+    /// The graph of a bare QEMU, through libvirt's monitor.
+    async fn domain_directly(
+        &self,
+        job: &mut Job,
+        domain: &Domain,
+        state: State,
+        args: &BackupArgs,
+    ) -> Outcome<BackupReport> {
+        libvirt::require_idle(domain, self.tried)?;
+        let description = domain.describe(self.tried)?;
+        let unfrozen = libvirt::unfreezable(state, description.agent);
+        let freeze = match (args.consistency, unfrozen) {
+            (ConsistencyArg::Filesystem, Some(why)) => {
+                let why = format!("the guest cannot be frozen: {why}");
+                return Err(Failure::failed(self.tried, why));
+            }
+            (_, unfrozen) => freeze(args, unfrozen.is_none(), self.tried)?,
+        };
+        let base = self.scratch(args)?;
+        job.record.scratch = Some(base.join(format!("icecore-{}", job.id().run())));
+        job.record.libvirt = Some(LibvirtRun {
+            uri: domain.virsh.uri().to_owned(),
+            uuid: domain.uuid.clone(),
+            freezes: freeze != Freeze::No,
+            restart: false,
+            form: CaptureForm::Direct,
+        });
+        job.save(self.context)?;
+        let agent = freeze != Freeze::No;
+        let guardian = target::guard_domain(self.context, domain, agent, self.tried).await?;
+        let owner = libvirt::owner(&description);
+        let settings = Settings { owner, ..self.settings(job, freeze, base, args)? };
+        let log = IntentLog::create(&self.context.state, job.id())?;
+        let domain = domain.clone();
+        let mut capture = DirectCapture::open(domain, description, guardian, settings, log).await?;
+        self.back_up(job, &mut capture).await
+    }
+
+    async fn domain_that_is_off(
+        &self,
+        job: &mut Job,
+        domain: &Domain,
+        form: CaptureForm,
+    ) -> Outcome<BackupReport> {
+        if let Some(mark) = half_written::get(&self.context.state, &domain.name) {
+            return Err(mark.refusal(self.tried));
+        }
+        let off = PoweredOff::of(domain, form, self.tried)?;
         let dir = RunDir::of(self.context, job.id())?;
         let repository = repository_part(self.repository, self.tried)?;
         let made = dir.path().map_err(|e| Failure::failed(self.tried, e))?;

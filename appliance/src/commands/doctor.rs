@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use icecore_qmp::bitmap::{BitmapName, NamePart, Owner};
+use icecore_qmp::guardian::GuardianClient;
 use icecore_qmp::guardian::protocol::Inspection;
 use icecore_qmp::recover::Intents;
 use icecore_repository::{PointId, Repository};
@@ -14,7 +15,8 @@ use crate::cli::{DAMAGED, OK, VmArgs};
 use crate::context::Context;
 use crate::failure::{Failure, Outcome};
 use crate::libvirt::checkpoint::CheckpointName;
-use crate::libvirt::{Domain, State, job, recover};
+use crate::libvirt::half_written::{self, HalfWritten};
+use crate::libvirt::{CaptureForm, Domain, State, job, recover};
 use crate::output::{self, Rows};
 use crate::recovery;
 use crate::state::jobs;
@@ -56,12 +58,20 @@ pub async fn run(context: &Context, args: DoctorArgs) -> Outcome<u8> {
         && let Reach::Libvirt(domain) = &vm.reach
     {
         findings.extend(libvirt(context, vm, domain, repository.as_ref(), args.repair)?);
+        findings.extend(direct(context, vm, domain, repository.as_ref(), args.repair).await?);
     }
     findings.extend(scratch(context, args.repair));
+    findings.extend(half_written::all(&context.state).into_iter().map(half_rolled_back));
     let ok = findings.iter().all(|finding| finding.repaired);
     let report = DoctorReport { ok, findings };
     print(context, &report)?;
     Ok(if ok { OK } else { DAMAGED })
+}
+
+/// Only a rollback ends it: nothing here knows which state is wanted.
+fn half_rolled_back(mark: HalfWritten) -> Finding {
+    let detail = format!("{}: run the rollback again to finish it", mark.why());
+    Finding { kind: "rollback", object: mark.domain, detail, repaired: false }
 }
 
 fn names_a_vm(args: &VmArgs) -> bool {
@@ -102,7 +112,37 @@ async fn qemu(
     let tried = format!("examine {}", vm.name);
     let _locks = vm.lock(context, None, &tried)?;
     let guardian = target::guard(context, qmp, qga, &tried).await?;
-    let seen = guardian.inspect().await.map_err(|e| failure(&tried, e))?;
+    graph(context, &guardian, repository, repair, &tried).await
+}
+
+/// What runs by way of libvirt's monitor have left. Other domains' monitors are not asked: that marks
+/// them as tainted.
+async fn direct(
+    context: &Context,
+    vm: &Vm,
+    domain: &Domain,
+    repository: Option<&Repository>,
+    repair: bool,
+) -> Outcome<Vec<Finding>> {
+    let tried = format!("examine {}", vm.name);
+    let off = domain.state().map_err(|e| e.failure(&tried))? == State::ShutOff;
+    if vm.capture != CaptureForm::Direct || off {
+        return Ok(Vec::new());
+    }
+    let _locks = vm.lock(context, None, &tried)?;
+    let guardian = target::guard_domain(context, domain, false, &tried).await?;
+    graph(context, &guardian, repository, repair, &tried).await
+}
+
+/// Nodes, exports, jobs and bitmaps of runs that are over.
+async fn graph(
+    context: &Context,
+    guardian: &GuardianClient,
+    repository: Option<&Repository>,
+    repair: bool,
+    tried: &str,
+) -> Outcome<Vec<Finding>> {
+    let seen = guardian.inspect().await.map_err(|e| failure(tried, e))?;
     let mut findings = Vec::new();
     for run in &seen.leftovers {
         let mut finding = Finding {
@@ -116,7 +156,7 @@ async fn qemu(
             let dir = context.state.root().join("scratch").join(format!("icecore-{run}"));
             let intents = Intents::unknown(*run).with_server_asked();
             let undone = guardian.recover(intents, Some(dir.join("nbd.sock"))).await;
-            let left = undone.map_err(|e| failure(&tried, e))?.left;
+            let left = undone.map_err(|e| failure(tried, e))?.left;
             finding.repaired = left.is_empty();
             if !left.is_empty() {
                 finding.detail = format!("still there: {}", left.join("; "));
@@ -124,10 +164,10 @@ async fn qemu(
         }
         findings.push(finding);
     }
-    let orphans = orphans(&seen, repository, &tried)?;
+    let orphans = orphans(&seen, repository, tried)?;
     if repair && !orphans.is_empty() {
         let names = orphans.iter().map(ToString::to_string).collect();
-        guardian.forget(names).await.map_err(|e| failure(&tried, e))?;
+        guardian.forget(names).await.map_err(|e| failure(tried, e))?;
     }
     findings.extend(orphans.into_iter().map(|name| Finding {
         kind: "bitmap",

@@ -160,13 +160,13 @@ async fn dispatch(
             Some(live(context, repository, job, qmp, qga, args, interrupt, tried).await?)
         }
     };
-    let machine = None;
+    let (machine, mark) = (None, None);
     let mut rollback =
-        Rollback { context, repository, point, request, job, interrupt, machine, tried };
+        Rollback { context, repository, point, request, job, interrupt, machine, mark, tried };
     match (&vm.reach, live) {
         (Reach::Libvirt(domain), _) => {
             let warden = target::watch_over(context, domain, tried).await?;
-            rollback.domain(domain, warden, safety).await
+            rollback.domain(domain, vm.capture, warden, safety).await
         }
         (Reach::Images(images), _) => rollback.images(images, safety).await,
         (_, Some(live)) => rollback.live(live, safety).await,
@@ -201,6 +201,7 @@ async fn live(
         freeze: if args.dry_run { Freeze::No } else { freeze },
         scratch: scratch.clone(),
         scratch_limit: None,
+        owner: None,
         then: if args.dry_run { Then::Continue } else { Then::Hold },
         granularity: granularity(repository),
         repository: repository_part(repository, tried)?,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use icecore_qmp::bitmap::{BitmapName, Granularity};
+use icecore_qmp::guardian::GuardianClient;
 use icecore_repository::{Point, Repository, VmName};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -17,8 +18,9 @@ use crate::failure::{Failure, Outcome};
 use crate::hook::{self, Known};
 use crate::image;
 use crate::libvirt::checkpoint::{Checkpoint, CheckpointDisk, CheckpointName};
+use crate::libvirt::half_written;
 use crate::libvirt::xml::DomainDisk;
-use crate::libvirt::{Domain, PoweredOff, State, emulator};
+use crate::libvirt::{CaptureForm, Domain, PoweredOff, State, emulator};
 use crate::names::human_bytes;
 use crate::output::{self, Rows, when};
 use crate::recovery;
@@ -352,18 +354,17 @@ async fn release(context: &Context, args: &VmArgs) -> Outcome<u8> {
     let removed = match &vm.reach {
         Reach::Qmp { qmp, qga } => {
             let guardian = target::guard(context, qmp, qga.clone(), &tried).await?;
-            let seen = guardian.inspect().await.map_err(|e| failure(&tried, e))?;
-            let on_disks = seen.inventory.disks.iter().flat_map(|disk| &disk.bitmaps);
-            let stray = seen.inventory.stray_bitmaps.iter().map(|stray| stray.name.to_string());
-            let names = on_disks.map(|bitmap| bitmap.name.clone()).chain(stray);
-            let ours: Vec<String> = names.filter(|name| is_ours(name)).collect();
-            let left = guardian.forget(ours.clone()).await.map_err(|e| failure(&tried, e))?.left;
-            if !left.is_empty() {
-                return Err(Failure::failed(tried, format!("left in QEMU: {}", left.join("; "))));
-            }
-            ours
+            release_qemu(&guardian, &tried).await?
         }
-        Reach::Libvirt(domain) => release_domain(domain, &tried)?,
+        Reach::Libvirt(domain) => {
+            let mut removed = release_domain(domain, &tried)?;
+            if vm.capture == CaptureForm::Direct && domain_runs(domain, &tried)? {
+                let guardian = target::guard_domain(context, domain, false, &tried).await?;
+                removed.extend(release_qemu(&guardian, &tried).await?);
+            }
+            half_written::forget(&context.state, &domain.name)?;
+            removed
+        }
         Reach::Images(images) => release_images(images, &tried)?,
     };
     if context.json {
@@ -374,8 +375,26 @@ async fn release(context: &Context, args: &VmArgs) -> Outcome<u8> {
     Ok(OK)
 }
 
+/// Removes all bitmaps of ours from a running QEMU.
+async fn release_qemu(guardian: &GuardianClient, tried: &str) -> Outcome<Vec<String>> {
+    let seen = guardian.inspect().await.map_err(|e| failure(tried, e))?;
+    let on_disks = seen.inventory.disks.iter().flat_map(|disk| &disk.bitmaps);
+    let stray = seen.inventory.stray_bitmaps.iter().map(|stray| stray.name.to_string());
+    let names = on_disks.map(|bitmap| bitmap.name.clone()).chain(stray);
+    let ours: Vec<String> = names.filter(|name| name.parse::<BitmapName>().is_ok()).collect();
+    let left = guardian.forget(ours.clone()).await.map_err(|e| failure(tried, e))?.left;
+    if !left.is_empty() {
+        return Err(Failure::failed(tried, format!("left in QEMU: {}", left.join("; "))));
+    }
+    Ok(ours)
+}
+
+fn domain_runs(domain: &Domain, tried: &str) -> Outcome<bool> {
+    Ok(domain.state().map_err(|e| e.failure(tried))? != State::ShutOff)
+}
+
 fn release_domain(domain: &Domain, tried: &str) -> Outcome<Vec<String>> {
-    if domain.state().map_err(|e| e.failure(tried))? == State::ShutOff {
+    if !domain_runs(domain, tried)? {
         return release_off(domain, tried);
     }
     let checkpoints = domain.our_checkpoints(false, tried)?;
@@ -388,7 +407,7 @@ fn release_domain(domain: &Domain, tried: &str) -> Outcome<Vec<String>> {
 /// libvirt deletes no checkpoint of a domain that is off: the bitmaps go from the images, and what it
 /// remembers of them.
 fn release_off(domain: &Domain, tried: &str) -> Outcome<Vec<String>> {
-    let removed = release_images(&PoweredOff::of(domain, tried)?.images, tried)?;
+    let removed = release_images(&PoweredOff::of(domain, CaptureForm::Job, tried)?.images, tried)?;
     for checkpoint in domain.our_checkpoints(false, tried)? {
         domain.forget_checkpoint(&checkpoint.name).map_err(|e| e.failure(tried))?;
     }

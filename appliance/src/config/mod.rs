@@ -21,6 +21,7 @@ pub use load::{Loaded, Problem, load};
 pub use value::{Pattern, Reference, Zone};
 
 use crate::failure::{Failure, Outcome};
+use crate::libvirt::CaptureForm;
 use crate::policy::calendar::Calendar;
 use crate::policy::retention::Keep;
 use crate::policy::window::TimeRange;
@@ -101,6 +102,9 @@ pub struct VmConfig {
     /// Program and arguments that start the VM after a rollback, in place of a reset; no shell.
     #[serde(default)]
     pub restart: Vec<String>,
+    /// How a domain of the libvirt is captured while it runs: `job` (the default) or `direct`.
+    #[serde(default)]
+    pub capture: CaptureForm,
     /// The project whose quota its points count against; none when left out.
     pub project: Option<String>,
 }

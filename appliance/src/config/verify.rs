@@ -3,6 +3,8 @@
 use icecore_repository::{DiskId, VmName};
 
 use super::load::{Places, Problem};
+use crate::libvirt::CaptureForm;
+
 use super::{ApiConfig, Config, NotifyConfig, Pattern, Reference, ScheduleConfig, VmConfig};
 
 /// Everything that is wrong with a configuration that could be read.
@@ -73,6 +75,9 @@ impl Findings<'_> {
         self.require(reached, &table, || "it needs either qmp or image".into());
         let agent_reached = vm.qga.is_none() || vm.qmp.is_some();
         self.require(agent_reached, &table, || "qga without qmp is of no use".into());
+        let of_libvirt = domain && vm.qmp.is_none() && vm.image.is_empty();
+        let captured = vm.capture == CaptureForm::Job || of_libvirt;
+        self.require(captured, &table, || "capture is for a domain of the libvirt".into());
         for disk in &vm.disks {
             if let Err(error) = disk.parse::<DiskId>() {
                 self.require(false, &table, || error.to_string());
@@ -194,6 +199,7 @@ mod tests {
     fn what_belongs_together() {
         for (text, about) in [
             ("[vm.x]\nqga = '/q'\n", "either qmp or image"),
+            ("[vm.x]\nqmp = '/q'\ncapture = 'direct'\n", "domain of the libvirt"),
             ("[vm.'a/b']\nqmp = '/q'\n", "1 "),
             ("[repository.r]\nurl = '/r'\nkey_file = 'k'\n", "absolute"),
             ("[quota.p]\npoints = 3\n", "no VM has project"),

@@ -215,7 +215,9 @@ pub fn vm(args: &VmArgs, tried: &str) -> Outcome<(String, Option<InPlace>)> {
         return Ok((name.clone(), None));
     }
     let libvirt = match args.libvirt.as_slice() {
-        [uri, domain] => Some(LibvirtDomain { uri: uri.clone(), domain: domain.clone() }),
+        [uri, domain] => {
+            Some(LibvirtDomain { uri: uri.clone(), domain: domain.clone(), capture: args.capture })
+        }
         _ => None,
     };
     // A domain's points are kept under its name, which its UUID does not tell.

@@ -4,6 +4,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use crate::failure::{Failure, Outcome};
+use crate::libvirt::half_written::{self, EXTENSION};
 use crate::state::State;
 
 const NAME: &str = "icecore";
@@ -27,11 +28,17 @@ pub fn install(state: &State, dir: &Path) -> Outcome<PathBuf> {
     Ok(path)
 }
 
-/// A program that is gone, hangs or fails is no reason for a domain not to start.
+/// A program that is gone, hangs or fails is no reason for a domain not to start; the mark of a
+/// rollback that was cut off is, and the script finds it without the program.
 fn script(binary: &Path, state: &Path) -> String {
+    let marks = quoted(&state.join(half_written::FOLDER));
     let (binary, state) = (quoted(binary), quoted(state));
     format!(
         "#!/bin/sh\n{MARK}\n\
+         # Two states in one disk: a guest that starts on it ruins both.\n\
+         why={marks}/\"$1.{EXTENSION}\"\n\
+         if [ \"$2 $3\" = 'prepare begin' ] && [ -e \"$why\" ]; then\n    \
+         head -n 1 -- \"$why\" >&2\n    exit 1\nfi\n\
          timeout -k 1 1 {binary} --state-dir {state} hook libvirt -- \"$@\" || :\nexit 0\n"
     )
 }
@@ -53,6 +60,20 @@ mod tests {
         let mut run = std::process::Command::new(&path);
         run.args(["vm", "start", "begin", "-"]).stdin(std::process::Stdio::null());
         assert!(run.output().unwrap().status.success());
+        // A domain with a mark does not start, and its neighbours do.
+        let marks = state.dir(half_written::FOLDER).unwrap();
+        std::fs::write(marks.join("it's vm.why"), "cut off\n{}\n").unwrap();
+        let start = |name: &str, operation: &str| {
+            let mut run = std::process::Command::new(&path);
+            run.args([name, operation, "begin", "-"]).stdin(std::process::Stdio::null());
+            run.output().unwrap()
+        };
+        let refused = start("it's vm", "prepare");
+        assert!(!refused.status.success());
+        assert_eq!(String::from_utf8_lossy(&refused.stderr), "cut off\n");
+        for (name, operation) in [("it's vm", "release"), ("vm", "prepare"), ("..", "prepare")] {
+            assert!(start(name, operation).status.success(), "{name} {operation}");
+        }
         install(&state, dir.path()).unwrap();
         std::fs::write(&path, "#!/bin/sh\n").unwrap();
         assert!(install(&state, dir.path()).is_err());

@@ -154,6 +154,18 @@ impl Domain {
         self.call("domjobabort", &[], QUICK).map(drop)
     }
 
+    /// A job of libvirt's or of QEMU's at work on it that is not ours: a migration, a dump, a
+    /// backup, the copying or merging of an image.
+    pub fn job_of_others(&self) -> Result<Option<String>, VirshError> {
+        let said = self.call("domjobinfo", &[], QUICK)?;
+        if let Some(job) = job::domain_job(&said) {
+            return Ok(Some(job));
+        }
+        let command = r#"{"execute":"query-jobs"}"#;
+        let said = self.call("qemu-monitor-command", &["--cmd", command], QUICK)?;
+        Ok(job::block_job(&said))
+    }
+
     /// The names of all its checkpoints.
     pub fn checkpoint_names(&self) -> Result<Vec<String>, VirshError> {
         let names = self.call("checkpoint-list", &["--name"], QUICK)?;
@@ -262,7 +274,7 @@ fn capacities(answer: &str) -> BTreeMap<String, u64> {
 }
 
 /// The number in "Froze 2 filesystem(s)".
-fn count(answer: &str) -> u32 {
+pub(super) fn count(answer: &str) -> u32 {
     answer.split_whitespace().find_map(|word| word.parse().ok()).unwrap_or(0)
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use icecore_qmp::inventory::is_ours;
 use roxmltree::Document;
 
 use super::checkpoint::CheckpointName;
@@ -57,6 +58,27 @@ pub fn socket(text: &str) -> Result<Option<PathBuf>, String> {
     Ok(server.and_then(|server| server.attribute("socket")).map(PathBuf::from))
 }
 
+/// What libvirt is at on a domain, from the answer of `domjobinfo`.
+pub fn domain_job(said: &str) -> Option<String> {
+    let field = |name: &str| {
+        said.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+    };
+    match field("Job type") {
+        None | Some("None") => None,
+        Some(kind) => Some(field("Operation").unwrap_or(kind).to_lowercase()),
+    }
+}
+
+/// A job of QEMU's block layer that is not ours, from the answer to `query-jobs`. The making of an
+/// image, as for an external snapshot, is over in a moment and touches no disk.
+pub fn block_job(said: &str) -> Option<String> {
+    let answer: serde_json::Value = serde_json::from_str(said).ok()?;
+    let text = |job: &serde_json::Value, key: &str| job[key].as_str().unwrap_or("").to_owned();
+    let jobs = answer["return"].as_array()?.iter();
+    let mut others = jobs.filter(|job| !is_ours(&text(job, "id")) && text(job, "type") != "create");
+    others.next().map(|job| format!("{} ({})", text(job, "type"), text(job, "id")))
+}
+
 /// The run whose scratch directory a job's socket is in (`…/icecore-RUN/nbd.sock`).
 pub fn run_of(socket: &Path) -> Option<&str> {
     socket.parent()?.file_name()?.to_str()?.strip_prefix("icecore-")
@@ -65,6 +87,21 @@ pub fn run_of(socket: &Path) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn jobs_of_others_are_told_from_ours() {
+        assert_eq!(domain_job("Job type:         None        \n\n"), None);
+        let said = "Job type:         Unbounded   \nOperation:        Outgoing migration\n";
+        assert_eq!(domain_job(said).as_deref(), Some("outgoing migration"));
+        let jobs =
+            |jobs: serde_json::Value| serde_json::json!({"return": jobs, "id": "l-1"}).to_string();
+        let one = |id: &str, kind: &str| serde_json::json!({"id": id, "type": kind});
+        let ours = format!("{}0badcafe-0-job", icecore_qmp::inventory::OUR_PREFIX);
+        assert_eq!(block_job(&jobs(serde_json::json!([one(&ours, "backup")]))), None);
+        assert_eq!(block_job(&jobs(serde_json::json!([one("create-x", "create")]))), None);
+        let commit = jobs(serde_json::json!([one("commit-vda", "commit")]));
+        assert_eq!(block_job(&commit).as_deref(), Some("commit (commit-vda)"));
+    }
 
     #[test]
     fn the_request_names_every_disk_and_the_job_tells_whose_it_is() {

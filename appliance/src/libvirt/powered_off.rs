@@ -10,7 +10,7 @@ use icecore_repository::{DiskId, Repository};
 
 use super::checkpoint::{self, Checkpoint, CheckpointName};
 use super::xml::{Description, DomainDisk};
-use super::{Domain, capsule, xml};
+use super::{CaptureForm, Domain, capsule, xml};
 use crate::capture::image::{Machine, Named};
 use crate::failure::{Failure, Outcome};
 use crate::image::{self, RunDir};
@@ -26,7 +26,7 @@ pub struct PoweredOff {
 
 impl PoweredOff {
     /// Looks at a domain as it would start.
-    pub fn of(domain: &Domain, tried: &str) -> Outcome<Self> {
+    pub fn of(domain: &Domain, form: CaptureForm, tried: &str) -> Outcome<Self> {
         let text = domain.inactive_xml().map_err(|e| e.failure(tried))?;
         let description = xml::parse(&text).map_err(|e| Failure::failed(tried, e))?;
         let (images, refused) = images(&description, tried)?;
@@ -34,6 +34,7 @@ impl PoweredOff {
             capsule: capsule::of(domain, &description, None, tried)?,
             parts: capsule::parts(&description),
             refused,
+            form,
         };
         Ok(Self { domain: domain.clone(), images, machine })
     }

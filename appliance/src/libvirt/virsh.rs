@@ -77,6 +77,11 @@ impl fmt::Display for VirshError {
 }
 
 impl VirshError {
+    /// What virsh said of a failure, without its `error: `.
+    pub(super) fn said(said: &str) -> Self {
+        Self { kind: Kind::of(said), said: said.to_owned() }
+    }
+
     /// The error for the user.
     pub fn failure(self, tried: &str) -> Failure {
         let failure = Failure::failed(tried, &self);
@@ -140,8 +145,7 @@ pub(super) fn output_of(command: &mut Command, deadline: Duration) -> Result<Str
     if success {
         return Ok(stdout);
     }
-    let said = stderr.trim().replace("error: ", "").replace('\n', "; ");
-    Err(VirshError { kind: Kind::of(&said), said })
+    Err(VirshError::said(&stderr.trim().replace("error: ", "").replace('\n', "; ")))
 }
 
 /// Whether it succeeded; `None` when it was killed at the deadline.

@@ -12,6 +12,8 @@ pub struct DomainDisk {
     /// Its target, as in `vda`: the name that libvirt knows it by.
     pub target: String,
     pub serial: Option<String>,
+    /// The id of its device in QEMU, where it runs.
+    pub alias: Option<String>,
     /// The file or block device that holds it.
     pub path: Option<PathBuf>,
     /// The format that the domain gives it; `None` for one that is not understood.
@@ -122,6 +124,7 @@ fn disk(node: Node<'_, '_>) -> Option<DomainDisk> {
         Some(_) => None,
     };
     Some(DomainDisk {
+        alias: child(node, "alias").and_then(|a| a.attribute("name")).map(str::to_owned),
         serial: child(node, "serial").and_then(|s| s.text()).map(str::to_owned),
         path: path.map(PathBuf::from),
         format,

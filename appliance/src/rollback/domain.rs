@@ -9,9 +9,10 @@ use super::{Rollback, RolledBack};
 use crate::backup::Request as BackupRequest;
 use crate::failure::{Failure, Outcome};
 use crate::image::RunDir;
+use crate::libvirt::half_written::{self, HalfWritten};
 use crate::libvirt::warden::WardenClient;
 use crate::libvirt::xml::Agent;
-use crate::libvirt::{Domain, PoweredOff, State, xml};
+use crate::libvirt::{CaptureForm, Domain, PoweredOff, State, xml};
 use crate::state::LibvirtRun;
 
 /// How long the agent may take to freeze; the rollback goes on without.
@@ -25,6 +26,7 @@ impl Rollback<'_> {
     pub async fn domain(
         &mut self,
         domain: &Domain,
+        form: CaptureForm,
         warden: WardenClient,
         safety: BackupRequest,
     ) -> Outcome<RolledBack> {
@@ -37,14 +39,24 @@ impl Rollback<'_> {
                 return Err(Failure::refused(self.tried, why).next("try again when it is there"));
             }
         };
+        let state_dir = &self.context.state;
+        let earlier = half_written::get(state_dir, &domain.name);
+        // One that an earlier run has stopped, and was cut off over, is to run again, too.
+        let restart = ran || earlier.is_some_and(|mark| mark.ran);
+        let (job, point) = (self.job.id(), self.point.id.to_string());
+        let repository = &self.job.record.repository;
+        self.mark = Some(HalfWritten::new(domain, job, &point, repository, restart));
         if ran {
             self.require_stoppable(domain)?;
             self.stop(domain, &warden, state)?;
         }
-        let rolled = self.powered_off(domain, safety).await;
+        let rolled = self.powered_off(domain, form, safety).await;
         let half_written = !self.job.record.writing.is_empty();
         match rolled {
-            Ok(done) if !ran || !self.request.restart => Ok(done),
+            Ok(done) if !restart || !self.request.restart || self.request.dry_run => Ok(done),
+            Ok(_) if half_written::get(&self.context.state, &domain.name).is_some() => {
+                Err(self.still_half_written(domain))
+            }
             Ok(done) => match domain.start() {
                 Ok(()) => Ok(RolledBack { vm_restarted: true, ..done }),
                 Err(e) => {
@@ -55,6 +67,14 @@ impl Rollback<'_> {
             Err(failure) if ran && !half_written => Err(started_again(domain, failure)),
             Err(failure) => Err(failure),
         }
+    }
+
+    /// The disks of this run are done; those of an earlier one that was cut off are not.
+    fn still_half_written(&self, domain: &Domain) -> Failure {
+        let mark = half_written::get(&self.context.state, &domain.name);
+        let why = mark.map(|mark| mark.why()).unwrap_or_default();
+        let why = format!("these disks are rolled back and verified, but {why}");
+        Failure::failed(self.tried, why).next("roll all of its disks back")
     }
 
     /// What can be known to fail is known before the guest is stopped.
@@ -115,6 +135,7 @@ impl Rollback<'_> {
             uuid: domain.uuid.clone(),
             freezes,
             restart: true,
+            form: CaptureForm::Job,
         });
         self.job.save(self.context)?;
         if freezes {
@@ -130,8 +151,13 @@ impl Rollback<'_> {
         warden.thawed(self.tried)
     }
 
-    async fn powered_off(&mut self, domain: &Domain, safety: BackupRequest) -> Outcome<RolledBack> {
-        let off = PoweredOff::of(domain, self.tried)?;
+    async fn powered_off(
+        &mut self,
+        domain: &Domain,
+        form: CaptureForm,
+        safety: BackupRequest,
+    ) -> Outcome<RolledBack> {
+        let off = PoweredOff::of(domain, form, self.tried)?;
         self.machine = Some(off.machine.clone());
         let rolled = self.images(&off.images, safety).await;
         let dir = RunDir::of(self.context, self.job.id())?;

@@ -12,6 +12,7 @@ use crate::capture::Capture;
 use crate::capture::image::{ImageCapture, Named};
 use crate::failure::{Failure, Outcome, Status};
 use crate::image::{self, Format, RunDir, Served, Stamp, StorageDaemon};
+use crate::libvirt::half_written;
 use crate::nbd::{self, Peer};
 use crate::report::BackupReport;
 
@@ -172,18 +173,31 @@ impl Rollback<'_> {
             plans.push(if resized { None } else { Some(self.plan(image).await?) });
         }
         self.interrupt.check(self.tried)?;
-        self.note_writing(held.iter().map(|image| image.path.clone()).collect())?;
+        let paths: Vec<PathBuf> = held.iter().map(|image| image.path.clone()).collect();
+        self.note_writing(paths.clone())?;
         let written = self.write_all(&mut held, plans, dir).await;
         let closed: Outcome<Vec<()>> = held.into_iter().map(|image| image.daemon.stop()).collect();
         let disks = written.and_then(|disks| closed.map(|_| disks)).map_err(half_written)?;
-        self.note_writing(Vec::new())?;
+        self.note_written(&paths)?;
         Ok(disks)
     }
 
     /// On disk before the first write: whoever finds the run dead knows what it left.
     fn note_writing(&mut self, paths: Vec<PathBuf>) -> Outcome<()> {
+        if let Some(mark) = &self.mark {
+            half_written::begin(&self.context.state, mark, &paths)?;
+        }
         self.job.record.writing = paths;
         self.job.save(self.context)
+    }
+
+    fn note_written(&mut self, paths: &[PathBuf]) -> Outcome<()> {
+        self.job.record.writing.clear();
+        self.job.save(self.context)?;
+        match &self.mark {
+            Some(mark) => half_written::end(&self.context.state, &mark.domain, paths),
+            None => Ok(()),
+        }
     }
 
     async fn write_all(

@@ -23,6 +23,7 @@ use crate::context::Context;
 use crate::failure::{Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::job::Job;
+use crate::libvirt::half_written::HalfWritten;
 use crate::nbd::{self, Peer};
 use crate::progress::{Meter, Progress};
 use crate::report::BackupReport;
@@ -72,6 +73,8 @@ pub struct Rollback<'a> {
     pub interrupt: &'a Interrupt,
     /// The domain of libvirt whose images are rolled back.
     pub machine: Option<Machine>,
+    /// What marks that domain while its images are half-written.
+    pub mark: Option<HalfWritten>,
     pub tried: &'a str,
 }
 

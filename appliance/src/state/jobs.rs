@@ -13,6 +13,7 @@ use super::process::Process;
 use super::proof::{Proof, forgettable};
 use super::{State, replace_file};
 use crate::failure::{Failure, Nature, Outcome, Status};
+use crate::libvirt::CaptureForm;
 
 /// Records of ended jobs that are kept; older ones are removed as new ones end, but for the latest
 /// proof of each repository and VM.
@@ -260,6 +261,9 @@ pub struct LibvirtRun {
     /// It was stopped to be rolled back, and has to run again where nothing was written.
     #[serde(default)]
     pub restart: bool,
+    /// What the run has made in the domain while it ran.
+    #[serde(default)]
+    pub form: CaptureForm,
 }
 
 impl JobRecord {

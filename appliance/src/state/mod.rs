@@ -7,6 +7,7 @@
 //! STATE/jobs/JOB.progress how far a run is; replaced, never durable
 //! STATE/jobs/JOB.log      what a daemon's worker said on stderr
 //! STATE/scratch/JOB/      scratch images of a run
+//! STATE/half-written/     domains whose rollback has begun to write and not ended
 //! STATE/schedule/         which moments of schedules were dealt with
 //! STATE/cache/            disposable
 //! ```

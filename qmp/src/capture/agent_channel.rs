@@ -1,6 +1,5 @@
 //! Runs the freeze and thaw machines over a guest agent's channel.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
@@ -8,17 +7,18 @@ use tokio::time::{Instant, sleep};
 use crate::agent::{Agent, FreezeStatus};
 use crate::errors::QmpError;
 use crate::freeze::{Action, Event, Freezer, Frozen, Thawer};
+use crate::place::Place;
 
 /// A guest agent's channel, connected to when it is needed.
 #[derive(Debug, Default)]
 pub(super) struct AgentChannel {
-    path: Option<PathBuf>,
+    place: Option<Place>,
     agent: Option<Agent>,
 }
 
 impl AgentChannel {
-    pub(super) fn new(path: Option<PathBuf>) -> Self {
-        Self { path, agent: None }
+    pub(super) fn new(place: Option<Place>) -> Self {
+        Self { place, agent: None }
     }
 
     /// Freezes the guest within `deadline`, or says why not and what is owed.
@@ -87,8 +87,8 @@ impl AgentChannel {
     async fn connected(&mut self, wait: Duration) -> Result<&mut Agent, QmpError> {
         if self.agent.is_none() {
             let none = || QmpError::AgentSilent { path: "(none)".into(), waited: Duration::ZERO };
-            let path = self.path.as_ref().ok_or_else(none)?;
-            self.agent = Some(Agent::connect(path, wait).await?);
+            let place = self.place.as_ref().ok_or_else(none)?;
+            self.agent = Some(Agent::reach(place, wait).await?);
         }
         let closed = || QmpError::AgentSilent { path: "(none)".into(), waited: wait };
         self.agent.as_mut().ok_or_else(closed)

@@ -1,6 +1,5 @@
 //! Both connections to one QEMU, and what is done over them one command at a time.
 
-use std::path::Path;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -14,6 +13,7 @@ use crate::errors::QmpError;
 use crate::features::Features;
 use crate::freeze::{Frozen, Owed};
 use crate::monitor::Monitor;
+use crate::place::Place;
 
 /// Longest wait for one command that changes something. Some of them drain, and a drain waits for
 /// the requests under way; a guest that is not ready after this is one we leave alone.
@@ -25,6 +25,7 @@ pub const CONNECT_WAIT: Duration = Duration::from_secs(5);
 /// The monitor and, where there is one, the guest agent of a QEMU.
 #[derive(Debug)]
 pub struct Link {
+    place: Place,
     monitor: Monitor,
     /// What the QEMU behind `monitor` can do, once that is known.
     features: Option<Features>,
@@ -47,11 +48,11 @@ impl Default for Channel {
 
 impl Link {
     /// Connects to the monitor; the agent is connected to when it is needed.
-    pub async fn connect(monitor: &Path, agent: Option<&Path>) -> Result<Self, QmpError> {
-        let monitor = Monitor::connect(monitor, CONNECT_WAIT).await?;
-        let channel = AgentChannel::new(agent.map(Path::to_owned));
-        let (agent, has_agent) = (Channel::Here(channel), agent.is_some());
-        Ok(Self { monitor, features: None, agent, has_agent })
+    pub async fn connect(place: Place, agent: Option<Place>) -> Result<Self, QmpError> {
+        let monitor = Monitor::reach(&place, CONNECT_WAIT).await?;
+        let has_agent = agent.is_some();
+        let agent = Channel::Here(AgentChannel::new(agent));
+        Ok(Self { place, monitor, features: None, agent, has_agent })
     }
 
     /// What this QEMU can do; asked once a connection.
@@ -81,8 +82,7 @@ impl Link {
     /// QEMU has closed the monitor; it is connected again if QEMU still lives.
     pub async fn revive(&mut self) -> Result<(), QmpError> {
         if self.monitor.ended().is_some() {
-            let path = self.monitor.path().to_owned();
-            self.monitor = Monitor::connect(&path, CONNECT_WAIT).await?;
+            self.monitor = Monitor::reach(&self.place, CONNECT_WAIT).await?;
             // It may be another QEMU now.
             self.features = None;
         }

@@ -27,6 +27,7 @@ use crate::capture::guest_io::DeviceIo;
 use crate::capture::names::DiskIndex;
 use crate::capture::plan::Base;
 use crate::features::Features;
+use crate::place::Place;
 use crate::recover::Intents;
 
 /// Longest wait for an answer: a guardian that undoes a run on a QEMU that hangs gives up after
@@ -127,12 +128,13 @@ impl GuardianClient {
         })
     }
 
-    /// Connects to the monitor and remembers the agent's socket.
-    pub async fn connect(
+    /// Connects to the monitor and remembers where the agent is.
+    pub async fn connect<P: Into<Place>>(
         &self,
-        monitor: PathBuf,
-        agent: Option<PathBuf>,
+        monitor: P,
+        agent: Option<P>,
     ) -> Result<Greeted, GuardianError> {
+        let (monitor, agent) = (monitor.into(), agent.map(Into::into));
         self.request(Request::Connect(Connect { monitor, agent })).await
     }
 

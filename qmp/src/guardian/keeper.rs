@@ -155,7 +155,7 @@ impl Keeper {
     }
 
     async fn connect(&mut self, to: Connect) -> Result<Greeted, GuardianError> {
-        let link = Link::connect(&to.monitor, to.agent.as_deref()).await?;
+        let link = Link::connect(to.monitor, to.agent).await?;
         let greeted = Greeted { version: link.monitor().version(), peer: link.monitor().peer() };
         self.link = Some(link);
         Ok(greeted)

@@ -10,6 +10,7 @@ use crate::capture::names::{DiskIndex, RunId};
 use crate::capture::plan::{Base, DiskPlan};
 use crate::features::{Features, QemuVersion};
 use crate::inventory::{Disk, Inventory};
+use crate::place::Place;
 use crate::recover::Intents;
 
 /// Longest line; a request with [`SAMPLES_MAX`] samples for one disk stays well below.
@@ -77,10 +78,10 @@ impl Request {
 /// Where the QEMU is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Connect {
-    /// Its monitor's unix socket.
-    pub monitor: PathBuf,
-    /// Its guest agent's unix socket.
-    pub agent: Option<PathBuf>,
+    /// Its monitor.
+    pub monitor: Place,
+    /// Its guest agent.
+    pub agent: Option<Place>,
 }
 
 /// Who answered on the monitor's socket.

@@ -5,6 +5,9 @@
 //! job long before that, whatever becomes of this process.
 
 mod begin;
+mod direct;
+
+pub use direct::{DirectCapture, require_idle, unfreezable};
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -301,6 +304,6 @@ fn seen(
 }
 
 /// The user that a domain's QEMU runs as, where libvirt says so.
-fn owner(description: &Description) -> Option<Owner> {
+pub fn owner(description: &Description) -> Option<Owner> {
     description.owner.map(|(uid, gid)| Owner { uid, gid })
 }

@@ -44,6 +44,8 @@ pub struct Settings {
     pub freeze: Freeze,
     pub scratch: PathBuf,
     pub scratch_limit: Option<u64>,
+    /// Who QEMU runs as, where somebody knows; else its process is looked at.
+    pub owner: Option<User>,
     pub then: Then,
     pub granularity: Granularity,
     pub repository: NamePart,
@@ -94,7 +96,7 @@ impl QmpCapture {
             guardian,
             disks: inventory.disks.iter().map(seen).collect::<Outcome<_>>()?,
             inventory,
-            user: crate::target::qemu_user(inspection.peer),
+            user: settings.owner.or_else(|| crate::target::qemu_user(inspection.peer)),
             features: inspection.features,
             was_running: inspection.running,
             guest,
@@ -106,6 +108,11 @@ impl QmpCapture {
             exposed: None,
             pulse: None,
         })
+    }
+
+    /// What is captured.
+    pub fn tasks(&self) -> &[Task] {
+        &self.tasks
     }
 
     /// Who QEMU runs as, when that is known.

@@ -5,6 +5,7 @@ use utoipa::ToSchema;
 
 use crate::cli::args::{ConsistencyArg, FallbackArg, FormatArg, LevelArg, RestartArg};
 use crate::cli::args::{PriorityArg, SwitchArg, VerifyRestoreArg, VerifyRollbackArg};
+use crate::libvirt::CaptureForm;
 
 /// How a VM that the configuration does not name is reached. Only administrators may say so.
 #[derive(Debug, Default, Clone, Serialize, Deserialize, ToSchema)]
@@ -28,6 +29,8 @@ pub struct LibvirtDomain {
     /// As in `qemu:///system`.
     pub uri: String,
     pub domain: String,
+    /// How it is captured while it runs; `job` when left out.
+    pub capture: Option<CaptureForm>,
 }
 
 /// Body of a backup. Everything has the default of the command.

@@ -8,6 +8,7 @@ use super::{InPlace, LibvirtDomain, Wanted, repository};
 use crate::context::Context;
 use crate::daemon::access::{Caller, Role};
 use crate::failure::{Failure, Outcome};
+use crate::libvirt::CaptureForm;
 use crate::state::JobKind;
 
 /// Longer texts are no names, paths or descriptions; all of them have to fit into a command line.
@@ -156,7 +157,7 @@ impl<'a> Line<'a> {
 
     /// A flag with two values, which therefore have to be told apart from flags.
     fn domain(&mut self, domain: Option<&LibvirtDomain>) -> Outcome<()> {
-        let Some(LibvirtDomain { uri, domain }) = domain else { return Ok(()) };
+        let Some(LibvirtDomain { uri, domain, capture }) = domain else { return Ok(()) };
         for value in [uri, domain] {
             let long = value.is_empty() || value.len() > TEXT_BYTES_MAX;
             if long || value.starts_with('-') || value.contains('\0') {
@@ -164,6 +165,7 @@ impl<'a> Line<'a> {
             }
         }
         self.arguments.extend(["--libvirt".into(), uri.clone(), domain.clone()]);
+        self.text("capture", capture.map(CaptureForm::word))?;
         Ok(())
     }
 

@@ -1,0 +1,157 @@
+//! Domains of a real libvirt, captured as a bare QEMU is, through libvirt's monitor passthrough.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use icecore_tests::{
+    Domain, Icecore, Libvirt, MIB, Result, Run, Shell, Started, count, of_disk, prove_backup,
+    require_mode, wait_until, write_vdb,
+};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+/// What is undone after a kill takes seconds, also on a busy machine.
+const UNDONE: Duration = Duration::from_secs(60);
+/// Begins the names of all that is ours in a QEMU.
+const OURS: &str = "ic-";
+
+fn direct(icecore: &Icecore, domain: &Domain<'_>, subcommand: &str) -> Run {
+    domain.icecore(icecore, subcommand).args(["--capture", "direct"])
+}
+
+fn prove_next(icecore: &Icecore, domain: &Domain<'_>) -> Result<(Value, PathBuf)> {
+    prove_backup(icecore, domain, direct(icecore, domain, "backup"))
+}
+
+fn start_slowly(icecore: &Icecore, domain: &Domain<'_>) -> Result<Started> {
+    let slow = ["--level", "full", "--rate-limit", "2M"];
+    let run = direct(icecore, domain, "backup").args(slow).start()?;
+    wait_until("the exports", UNDONE, || Ok(exports(domain)? > 0))?;
+    Ok(run)
+}
+
+fn exports(domain: &Domain<'_>) -> Result<usize> {
+    let answer = domain.qmp(r#"{"execute":"query-block-exports"}"#)?;
+    Ok(answer["return"].as_array().map_or(0, Vec::len))
+}
+
+/// Nodes of ours in the domain's QEMU.
+fn nodes(domain: &Domain<'_>) -> Result<Vec<String>> {
+    let answer =
+        domain.qmp(r#"{"execute":"query-named-block-nodes","arguments":{"flat":true}}"#)?;
+    let all = answer["return"].as_array().cloned().unwrap_or_default().into_iter();
+    let names = all.filter_map(|node| node["node-name"].as_str().map(str::to_owned));
+    Ok(names.filter(|name| name.starts_with(OURS)).collect())
+}
+
+/// The graph is out, the guest runs and writes, and libvirt's own things are as they were.
+fn require_clean(domain: &Domain<'_>, shell: &mut Shell) -> Result<()> {
+    wait_until("the end of the graph", UNDONE, || {
+        Ok(exports(domain)? == 0 && nodes(domain)?.is_empty())
+    })?;
+    assert_eq!(domain.state()?, "running");
+    assert_eq!(domain.checkpoints()?, ["foreign"]);
+    shell.run("touch /mnt/vda/alive && sync")?;
+    Ok(())
+}
+
+#[test]
+fn a_domain_is_captured_through_libvirts_monitor() -> Result<()> {
+    let libvirt = Libvirt::start()?;
+    let domain = libvirt.define("one")?;
+    let mut shell = domain.boot()?;
+    domain.virsh("checkpoint-create-as", &["--name", "foreign"])?;
+    let icecore = Icecore::new()?;
+    write_vdb(&mut shell, 0, 8)?;
+    let (first, _) = prove_next(&icecore, &domain)?;
+    assert_eq!(first["consistency"]["level"], "filesystem", "{first}");
+    require_mode(&first, "vda", "full")?;
+    require_clean(&domain, &mut shell)?;
+    write_vdb(&mut shell, 12, 2)?;
+    let (next, _) = prove_next(&icecore, &domain)?;
+    require_mode(&next, "vda", "incremental")?;
+    require_mode(&next, "vdb", "incremental")?;
+    let read = count(of_disk(&next, "vdb")?, "read_bytes")?;
+    assert!((2 * MIB..4 * MIB).contains(&read), "{next}");
+    require_clean(&domain, &mut shell)?;
+    a_worker_is_killed(&icecore, &domain, &mut shell)?;
+    all_of_ours_are_killed(&icecore, &domain, &mut shell)?;
+    others_come_first(&icecore, &libvirt, &domain, &mut shell)?;
+    off_and_back(&icecore, &domain, shell)
+}
+
+/// The guardian takes the graph out.
+fn a_worker_is_killed(icecore: &Icecore, domain: &Domain<'_>, shell: &mut Shell) -> Result<()> {
+    let run = start_slowly(icecore, domain)?;
+    run.signal(Signal::KILL);
+    run.finish()?;
+    require_clean(domain, shell)?;
+    write_vdb(shell, 20, 1)?;
+    let (next, _) = prove_next(icecore, domain)?;
+    require_mode(&next, "vdb", "incremental")
+}
+
+/// Nobody is left to undo anything: `doctor` does.
+fn all_of_ours_are_killed(icecore: &Icecore, domain: &Domain<'_>, shell: &mut Shell) -> Result<()> {
+    let run = start_slowly(icecore, domain)?;
+    let children = format!("/proc/{0}/task/{0}/children", run.pid());
+    for guardian in std::fs::read_to_string(children)?.split_whitespace() {
+        if let Some(pid) = guardian.parse().ok().and_then(Pid::from_raw) {
+            kill_process(pid, Signal::KILL).map_err(std::io::Error::from)?;
+        }
+    }
+    run.signal(Signal::KILL);
+    run.finish()?;
+    assert!(!nodes(domain)?.is_empty(), "nothing was left to be repaired");
+    let doctor = direct(icecore, domain, "doctor");
+    doctor.args(["--repair", "--json"]).succeed()?;
+    require_clean(domain, shell)?;
+    let (next, _) = prove_next(icecore, domain)?;
+    require_mode(&next, "vdb", "incremental")
+}
+
+/// A block job of libvirt's is waited for; one that begins meanwhile ends the backup.
+fn others_come_first(
+    icecore: &Icecore,
+    libvirt: &Libvirt,
+    domain: &Domain<'_>,
+    shell: &mut Shell,
+) -> Result<()> {
+    let copy = libvirt.path("copy.qcow2").to_string_lossy().into_owned();
+    let begin = ["--path", "vdb", "--dest", &copy, "--transient-job", "--bandwidth", "1"];
+    let run = start_slowly(icecore, domain)?;
+    domain.virsh("blockcopy", &begin)?;
+    let ended = run.finish()?;
+    assert_eq!(ended.status, Some(1), "{ended:?}");
+    assert!(ended.stderr.contains("another job") && ended.stderr.contains("mirror"), "{ended:?}");
+    require_clean(domain, shell)?;
+    let refused = direct(icecore, domain, "backup").expect(3)?;
+    assert!(refused.stderr.contains("mirror"), "{}", refused.stderr);
+    domain.virsh("blockjob", &["--path", "vdb", "--abort"])?;
+    write_vdb(shell, 28, 1)?;
+    let (next, _) = prove_next(icecore, domain)?;
+    require_mode(&next, "vdb", "incremental")?;
+    require_clean(domain, shell)
+}
+
+/// The bitmaps go on while the domain is off, and after a rollback.
+fn off_and_back(icecore: &Icecore, domain: &Domain<'_>, mut shell: Shell) -> Result<()> {
+    shell.send("clean-poweroff")?;
+    wait_until("the guest's end", UNDONE, || Ok(domain.state()? == "shut off"))?;
+    let (off, vdb) = prove_next(icecore, domain)?;
+    require_mode(&off, "vdb", "incremental")?;
+    let mut shell = domain.boot()?;
+    write_vdb(&mut shell, 32, 1)?;
+    let (on, _) = prove_next(icecore, domain)?;
+    require_mode(&on, "vdb", "incremental")?;
+    assert_eq!(on["chain"], off["chain"]);
+    let wanted = icecore_tests::text(&off, "point")?;
+    direct(icecore, domain, "rollback").args(["--to", wanted]).json()?;
+    let mut shell = domain.wait_ready("one.sh")?;
+    let now = icecore.path("now.raw");
+    icecore_tests::reference_vdb(domain, &now)?;
+    icecore_tests::compare(&vdb, &now)?;
+    let (last, _) = prove_next(icecore, domain)?;
+    require_mode(&last, "vdb", "incremental")?;
+    require_clean(domain, &mut shell)
+}
