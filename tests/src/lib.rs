@@ -50,7 +50,7 @@ pub use image::{
     compare, create_noise, create_overlay, create_qcow2, create_raw, filesystem_check,
     image_to_raw, sha256_of,
 };
-pub use libvirt::{Domain, Libvirt};
+pub use libvirt::{AGENT_CHANNEL, Domain, Libvirt};
 pub use monitor::Monitor;
 pub use mount::{Mounted, check_writer, check_writer_in_images};
 pub use object_store::{ACCESS_KEY, ObjectServer, ObjectStore, SECRET_KEY};

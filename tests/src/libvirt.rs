@@ -29,7 +29,8 @@ mount --bind "$1/lib" /var/lib/libvirt
 mount --bind "$1/log" /var/log/libvirt
 mkdir -p /run/lock /run/libvirt /run/dbus /etc/libvirt/hooks
 printf '%s\n' 'user = "root"' 'group = "root"' 'security_driver = "none"' \
-  'cgroup_controllers = []' 'namespaces = []' > /etc/libvirt/qemu.conf
+  'cgroup_controllers = []' 'namespaces = []' \
+  'swtpm_user = "root"' 'swtpm_group = "root"' > /etc/libvirt/qemu.conf
 touch "$1/ready"
 exec sleep infinity
 "#;
@@ -94,6 +95,11 @@ impl Libvirt {
     pub fn uri(&self) -> String {
         let socket = self.scratch.join("run/libvirt/libvirt-sock");
         format!("qemu:///system?socket={}", socket.display())
+    }
+
+    /// The process whose mount namespace it runs in.
+    pub fn namespace(&self) -> u32 {
+        self.namespace.pid()
     }
 
     /// A path in its folder.

@@ -26,7 +26,7 @@ const TOOLS: [&str; 15] = [
 ];
 const QEMU: [&str; 4] = ["qemu-system-x86", "qemu-utils", "qemu-block-extra", "qemu-guest-agent"];
 /// For the tests of domains; they start a daemon of their own.
-const LIBVIRT: [&str; 2] = ["libvirt-daemon-system", "libvirt-clients"];
+const LIBVIRT: [&str; 4] = ["libvirt-daemon-system", "libvirt-clients", "swtpm", "swtpm-tools"];
 /// Makes the chroots of the newest QEMU and of the package's test.
 const LONG: [&str; 1] = ["debootstrap"];
 

@@ -319,7 +319,7 @@ impl<C: Capture> Backup<'_, C> {
         let parts = self.capture.parts();
         if !parts.is_empty() && !self.repository.is_encrypted() {
             tracing::warn!(
-                "the firmware's variables may hold secrets and are stored in clear; \
+                "the firmware's variables and the TPM's state may hold secrets and are stored in clear; \
                  an encrypted repository ('icecore repo init --encrypt') would seal them"
             );
         }

@@ -16,8 +16,9 @@ use serde_json::json;
 use super::{Base, Capture, Data, DirtyMap, Fate, Readable, Recorder, SeenDisk, Taken, Task};
 use crate::failure::{Failure, Outcome};
 use crate::image::{self, Format, ImageInfo, RunDir, Served, Stamp, StorageDaemon};
-use crate::libvirt::CaptureForm;
 use crate::libvirt::checkpoint::{CheckpointName, remembered_name};
+use crate::libvirt::tpm::Version;
+use crate::libvirt::{CaptureForm, Domain};
 use crate::nbd::Peer;
 use crate::report::Unprotected;
 
@@ -48,6 +49,9 @@ pub struct Machine {
     pub refused: Vec<(DiskId, String)>,
     /// How it is captured while it runs: it goes on with the bitmaps that are made here.
     pub form: CaptureForm,
+    /// Its TPM, where its state can be put back.
+    pub tpm: Option<Version>,
+    pub domain: Domain,
 }
 
 /// Reads `[ID=]FILE`. Without an id the file's name up to its extension is it.

@@ -18,7 +18,8 @@ use crate::image::{self, Format};
 use crate::interrupt::Interrupt;
 use crate::job::Job;
 use crate::libvirt::rewrite::{self, Identity, NewDomain};
-use crate::libvirt::{Domain, Virsh, capsule};
+use crate::libvirt::tpm::{self, There, Version};
+use crate::libvirt::{Domain, Virsh, capsule, xml};
 use crate::output;
 use crate::recovery;
 use crate::restore::{Restore, RestoredDisk, Target};
@@ -143,7 +144,11 @@ impl Create<'_> {
         let defined = made.and_then(|(disks, dropped)| {
             let definition = self.definition(dir);
             if let Some(virsh) = &libvirt {
-                Domain::define(virsh, &definition).map_err(|e| e.failure(self.tried))?;
+                let tpm = self.restore_tpm(virsh, &definition)?;
+                if let Err(e) = Domain::define(virsh, &definition) {
+                    tpm.iter().for_each(|(domain, version)| tpm::discard(domain, *version));
+                    return Err(e.failure(self.tried));
+                }
             }
             Ok(VmCreated {
                 vm: self.args.name.clone(),
@@ -160,6 +165,22 @@ impl Create<'_> {
             self.remove(dir, images);
         }
         defined
+    }
+
+    /// The new domain's TPM knows what the old one's did. libvirt keeps it under the UUID.
+    fn restore_tpm(&self, virsh: &Virsh, definition: &Path) -> Outcome<Option<(Domain, Version)>> {
+        let failed = |e: &dyn std::fmt::Display| Failure::failed(self.tried, e);
+        let text = std::fs::read_to_string(definition).map_err(|e| failed(&e))?;
+        let made = xml::parse(&text).map_err(|e| failed(&e))?;
+        let held = |name: &str| self.point.parts.iter().any(|part| part.name.as_str() == name);
+        let Some(version) = made.tpm.emulated().filter(|version| held(version.part())) else {
+            return Ok(None);
+        };
+        let bytes = self.repository.capsule_part(self.point, version.part());
+        let bytes = bytes.map_err(|e| Failure::from_repository(self.tried, e))?;
+        let domain = Domain { virsh: virsh.clone(), uuid: made.uuid, name: made.name };
+        tpm::restore(&domain, version, &bytes, There::Refuse, self.tried)?;
+        Ok(Some((domain, version)))
     }
 
     async fn write(

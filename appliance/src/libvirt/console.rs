@@ -30,14 +30,18 @@ impl Console {
     pub(super) fn open(virsh: &Virsh) -> std::io::Result<Self> {
         let (output, theirs) = std::io::pipe()?;
         let mut command = Command::new("virsh");
-        command.args(["--quiet", "--connect", virsh.uri()]);
+        // A quiet one would keep the number of frozen file systems to itself.
+        command.args(["--connect", virsh.uri()]);
         command.env("LC_ALL", "C").env_remove("LANGUAGE");
         // Where it would keep its history of commands: nowhere.
         command.env("XDG_CACHE_HOME", "/dev/null");
         command.stdin(Stdio::piped()).stdout(theirs.try_clone()?).stderr(theirs);
         let mut child = command.spawn()?;
         let input = child.stdin.take().ok_or_else(|| std::io::Error::other("no input"))?;
-        Ok(Self { child, input, output: BufReader::new(output), asked: 0 })
+        let mut console = Self { child, input, output: BufReader::new(output), asked: 0 };
+        // Its welcome is no answer.
+        drop(console.ask("")?);
+        Ok(console)
     }
 
     /// Its process.

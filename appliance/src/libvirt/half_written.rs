@@ -176,7 +176,7 @@ mod tests {
         let seen = get(&state, "a b").unwrap();
         assert_eq!((seen.images.len(), seen.ran), (2, false));
         end(&state, "a b", std::slice::from_ref(&b)).unwrap();
-        assert_eq!(all(&state)[0].images, [a.clone()]);
+        assert_eq!(all(&state)[0].images, std::slice::from_ref(&a));
         end(&state, "a b", &[a]).unwrap();
         assert!(all(&state).is_empty());
         forget(&state, "a b").unwrap();

@@ -17,6 +17,7 @@ pub mod powered_off;
 pub mod recover;
 pub mod relay;
 pub mod rewrite;
+pub mod tpm;
 mod virsh;
 pub mod warden;
 pub mod xml;

@@ -32,9 +32,11 @@ impl PoweredOff {
         let (images, refused) = images(&description, tried)?;
         let machine = Machine {
             capsule: capsule::of(domain, &description, None, tried)?,
-            parts: capsule::parts(&description),
+            parts: capsule::parts(domain, &description),
             refused,
             form,
+            tpm: description.tpm.emulated(),
+            domain: domain.clone(),
         };
         Ok(Self { domain: domain.clone(), images, machine })
     }

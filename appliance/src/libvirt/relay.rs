@@ -102,8 +102,8 @@ fn serve(channel: Channel, uri: &str, uuid: &str) -> Result<(), Ended> {
             return Err(Ended::Failed);
         };
         match channel {
-            Channel::Monitor => say(&relay.to_qemu(request)?)?,
-            Channel::Agent => relay.to_agent(&request)?,
+            Channel::Monitor => say(&relay.qemu_answer(request)?)?,
+            Channel::Agent => relay.answer_for_agent(&request)?,
         }
     }
     Ok(())
@@ -167,7 +167,7 @@ impl Relay {
     }
 
     /// One command for QEMU; its answer carries the id that came with it.
-    fn to_qemu(&mut self, mut request: Value) -> Result<Value, Ended> {
+    fn qemu_answer(&mut self, mut request: Value) -> Result<Value, Ended> {
         let id = request.as_object_mut().and_then(|request| request.remove("id"));
         // libvirt has negotiated already.
         let mut answer = match request["execute"].as_str() {
@@ -180,7 +180,7 @@ impl Relay {
         Ok(answer)
     }
 
-    fn to_agent(&mut self, request: &Value) -> Result<(), Ended> {
+    fn answer_for_agent(&mut self, request: &Value) -> Result<(), Ended> {
         let done = match request["execute"].as_str() {
             Some("guest-sync-delimited") => {
                 write(&[DELIMITER])?;
@@ -197,10 +197,11 @@ impl Relay {
             }
             _ => self.asked_of_agent(request)?,
         };
-        Ok(match done {
-            Ok(value) => say(&json!({ "return": value }))?,
-            Err(e) => say(&json!({"error": {"class": "GenericError", "desc": e.said}}))?,
-        })
+        let answer = match done {
+            Ok(value) => json!({ "return": value }),
+            Err(e) => json!({"error": {"class": "GenericError", "desc": e.said}}),
+        };
+        Ok(say(&answer)?)
     }
 
     fn counted(&mut self, command: &str) -> Result<Result<Value, VirshError>, Ended> {

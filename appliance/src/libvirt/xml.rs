@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use roxmltree::{Document, Node};
 
+use super::tpm::{Tpm, Version};
 use crate::image::Format;
 
 /// A disk of a domain.
@@ -65,7 +66,7 @@ pub struct Description {
     pub owner: Option<(u32, u32)>,
     /// The file with the firmware's variables.
     pub nvram: Option<PathBuf>,
-    pub tpm: bool,
+    pub tpm: Tpm,
 }
 
 /// Reads the XML of a domain, live or inactive.
@@ -85,7 +86,7 @@ pub fn parse(text: &str) -> Result<Description, String> {
             .and_then(|os| child(os, "nvram"))
             .and_then(|nvram| nvram.text())
             .map(PathBuf::from),
-        tpm: elements(devices, "tpm").next().is_some(),
+        tpm: tpm(devices),
     })
 }
 
@@ -172,16 +173,37 @@ fn unprotected(devices: Node<'_, '_>) -> Vec<(String, String)> {
     let reasons = [
         ("hostdev", "a device of the host, passed through"),
         ("filesystem", "a directory of the host"),
-        ("tpm", "the TPM's state is not in the point"),
+        ("tpm", "its state is in a chip, or with another program"),
     ];
+    let in_the_point =
+        |node: &Node<'_, '_>| node.has_tag_name("tpm") && emulated_tpm(*node).is_some();
     let of = |(name, why): &(&'static str, &str)| {
         let why = (*why).to_owned();
         elements(devices, name)
+            .filter(|node| !in_the_point(node))
             .enumerate()
             .map(move |(at, _)| (format!("{name}{at}"), why.clone()))
             .collect::<Vec<_>>()
     };
     reasons.iter().flat_map(of).collect()
+}
+
+fn tpm(devices: Node<'_, '_>) -> Tpm {
+    match elements(devices, "tpm").next() {
+        None => Tpm::None,
+        Some(node) => emulated_tpm(node).map_or(Tpm::Elsewhere, Tpm::Emulated),
+    }
+}
+
+fn emulated_tpm(node: Node<'_, '_>) -> Option<Version> {
+    let backend = child(node, "backend")?;
+    // A newer libvirt may be told to keep the state elsewhere.
+    let usual = backend.attribute("type") == Some("emulator") && child(backend, "source").is_none();
+    match backend.attribute("version").unwrap_or("2.0") {
+        "1.2" if usual => Some(Version::V1_2),
+        "2.0" if usual => Some(Version::V2),
+        _ => None,
+    }
 }
 
 fn agent(devices: Node<'_, '_>) -> Agent {
@@ -250,7 +272,10 @@ mod tests {
         assert_eq!(seen.owner, Some((64055, 105)));
         assert_eq!(seen.nvram, Some(PathBuf::from("/nv/a.fd")));
         let devices: Vec<_> = seen.unprotected.iter().map(|(id, _)| id.as_str()).collect();
-        assert_eq!(devices, ["hostdev0", "tpm0"]);
+        assert_eq!((devices, seen.tpm), (vec!["hostdev0", "tpm0"], Tpm::Elsewhere));
+        let emulated = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>";
+        let seen = parse(&DOMAIN.replace("<tpm model='tpm-crb'/>", emulated)).unwrap();
+        assert_eq!((seen.unprotected.len(), seen.tpm), (1, Tpm::Emulated(Version::V2)));
     }
 
     #[test]

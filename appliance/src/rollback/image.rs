@@ -13,6 +13,7 @@ use crate::capture::image::{ImageCapture, Named};
 use crate::failure::{Failure, Outcome, Status};
 use crate::image::{self, Format, RunDir, Served, Stamp, StorageDaemon};
 use crate::libvirt::half_written;
+use crate::libvirt::tpm::{self, There};
 use crate::nbd::{self, Peer};
 use crate::report::BackupReport;
 
@@ -178,6 +179,7 @@ impl Rollback<'_> {
         let written = self.write_all(&mut held, plans, dir).await;
         let closed: Outcome<Vec<()>> = held.into_iter().map(|image| image.daemon.stop()).collect();
         let disks = written.and_then(|disks| closed.map(|_| disks)).map_err(half_written)?;
+        self.restore_tpm().map_err(half_written)?;
         self.note_written(&paths)?;
         Ok(disks)
     }
@@ -189,6 +191,22 @@ impl Rollback<'_> {
         }
         self.job.record.writing = paths;
         self.job.save(self.context)
+    }
+
+    /// A whole VM gets the TPM that goes with its disks; one that the point does not hold stays.
+    fn restore_tpm(&self) -> Outcome<()> {
+        let machine = self.machine.as_ref().filter(|_| self.request.disks.is_empty());
+        let Some((machine, version)) = machine.and_then(|one| Some((one, one.tpm?))) else {
+            return Ok(());
+        };
+        let name = version.part();
+        if !self.point.parts.iter().any(|part| part.name.as_str() == name) {
+            tracing::warn!("the point holds no state of the TPM: it stays as it is");
+            return Ok(());
+        }
+        let bytes = self.repository.capsule_part(self.point, name);
+        let bytes = bytes.map_err(|e| Failure::from_repository(self.tried, e))?;
+        tpm::restore(&machine.domain, version, &bytes, There::Replace, self.tried)
     }
 
     fn note_written(&mut self, paths: &[PathBuf]) -> Outcome<()> {

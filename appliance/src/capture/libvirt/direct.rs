@@ -33,6 +33,7 @@ pub struct DirectCapture {
     guardian: GuardianClient,
     description: Description,
     capsule: serde_json::Value,
+    parts: Vec<CapsulePart>,
     disks: Vec<SeenDisk>,
     /// Why the guest cannot be frozen.
     unfrozen: Option<String>,
@@ -85,6 +86,7 @@ impl DirectCapture {
         Ok(Self {
             disks: named_by_libvirt(inner.disks(), &description.disks, &tried)?,
             capsule: capsule::of(&domain, &description, emulator.as_ref(), &tried)?,
+            parts: Vec::new(),
             unfrozen: unfreezable(state, description.agent),
             inner,
             domain,
@@ -185,13 +187,14 @@ impl Capture for DirectCapture {
     }
 
     fn parts(&self) -> Vec<CapsulePart> {
-        capsule::parts(&self.description)
+        self.parts.clone()
     }
 
     async fn take(&mut self, tasks: &[Task]) -> Outcome<Taken> {
         let (domain, guardian) = (self.domain.clone(), self.guardian.clone());
         self.sentry = Some(keep_watch(domain, guardian, Arc::clone(&self.intruder)));
         let mut taken = self.inner.take(tasks).await?;
+        self.parts = capsule::parts(&self.domain, &self.description);
         if taken.consistency.level == ConsistencyLevel::Crash && self.unfrozen.is_some() {
             taken.consistency.why.clone_from(&self.unfrozen);
         }

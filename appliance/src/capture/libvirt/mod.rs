@@ -58,6 +58,7 @@ pub struct LibvirtCapture {
     warden: WardenClient,
     description: Description,
     capsule: serde_json::Value,
+    parts: Vec<CapsulePart>,
     was_running: bool,
     disks: Vec<SeenDisk>,
     tasks: Vec<Task>,
@@ -86,6 +87,7 @@ impl LibvirtCapture {
         Ok(Self {
             disks: description.disks.iter().map(seen).collect::<Outcome<_>>()?,
             capsule: capsule::of(&domain, &description, emulator.as_ref(), &tried)?,
+            parts: Vec::new(),
             was_running: state == State::Running,
             domain,
             settings,
@@ -170,7 +172,7 @@ impl Capture for LibvirtCapture {
     }
 
     fn parts(&self) -> Vec<CapsulePart> {
-        capsule::parts(&self.description)
+        self.parts.clone()
     }
 
     async fn take(&mut self, tasks: &[Task]) -> Outcome<Taken> {
@@ -182,6 +184,7 @@ impl Capture for LibvirtCapture {
         let captured_at = Timestamp::now();
         let frozen = self.thaw(frozen, started);
         begun?;
+        self.parts = capsule::parts(&self.domain, &self.description);
         self.pulse = Some(self.warden.start_pulse(self.settings.activity.clone()));
         let (consistency, thawed) = frozen;
         thawed?;
