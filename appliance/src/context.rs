@@ -4,17 +4,20 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use icecore_io_engine::EngineChoice;
-use icecore_repository::store::Address;
+use icecore_repository::store::{Address, TransferMemory};
 use icecore_repository::{BadKey, KeyMaterial, OpenOptions, Repository};
 
 use crate::cli::args::{Global, IoEngine};
 use crate::config::Config;
+use crate::data;
 use crate::failure::{Failure, Outcome};
 use crate::progress::Board;
 use crate::state::{JobId, State};
 
 /// The least `--memory` with which the pipeline moves at all.
 const MEMORY_MIN: u64 = 32 << 20;
+/// The same with a repository on a server: what is under way takes as much again.
+const MEMORY_MIN_OF_SERVERS: u64 = 80 << 20;
 
 /// Files with keys of encrypted repositories.
 #[derive(Debug, Clone, Default)]
@@ -137,7 +140,9 @@ impl Context {
         let tried = format!("open the repository {repo}");
         let address = self.repository_address(repo)?;
         let keys = self.keys(&address)?;
-        let options = OpenOptions { cache_dir: Some(self.cache_dir.clone()), read_only, keys };
+        let transfer = self.transfer_memory(&address)?;
+        let cache_dir = Some(self.cache_dir.clone());
+        let options = OpenOptions { cache_dir, read_only, keys, transfer };
         let repository = Repository::open_at(&address, options)
             .map_err(|e| Failure::from_repository(&tried, e))?;
         // Else whoever may write to the store could put a repository in clear in its place, and the
@@ -148,6 +153,20 @@ impl Context {
                 .next("find out who made it; if it is yours, take key_file out"));
         }
         Ok(repository)
+    }
+
+    /// The part of `--memory` for what is under way to and from a repository's server.
+    pub fn transfer_memory(&self, address: &Address) -> Outcome<TransferMemory> {
+        let is_near = matches!(address, Address::Directory(_));
+        if !is_near && self.memory < MEMORY_MIN_OF_SERVERS {
+            let why = format!(
+                "--memory {} is less than the 80M that a repository on a server takes",
+                self.memory
+            );
+            return Err(Failure::usage(format!("open the repository {address}"), why));
+        }
+        let beside = data::OVERHEAD_BYTES + data::SERVER_OVERHEAD_BYTES;
+        Ok(TransferMemory::new(self.memory.saturating_sub(beside) / 2))
     }
 
     /// The keys to try on a repository: the configuration's for it, and those of the command line.

@@ -5,12 +5,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use icecore_io_engine::{Budget, EngineError, Options};
+use icecore_repository::Repository;
 
 use crate::context::Context;
 use crate::report::Latency;
 
 /// What the rest of the process takes beside the data plane: code, stacks, the repository's caches.
-const OVERHEAD_BYTES: u64 = 24 << 20;
+pub const OVERHEAD_BYTES: u64 = 24 << 20;
+/// What a server's connections, TLS and packs that wait take beside.
+pub const SERVER_OVERHEAD_BYTES: u64 = 12 << 20;
 /// More than this gains nothing (measured): requests in flight and blocks being compressed.
 const PIPELINE_BYTES_MAX: u64 = 32 << 20;
 
@@ -40,9 +43,10 @@ impl Drop for Running {
     }
 }
 
-/// Options of one run of the data plane within the process's memory, ended by `cancel`.
-pub fn options(context: &Context, cancel: &Arc<AtomicBool>) -> Options {
-    SharedMemory::for_pipelines(context, 1).options(cancel)
+/// Options of one run of the data plane on a repository within the process's memory, ended by
+/// `cancel`.
+pub fn options(context: &Context, repository: &Repository, cancel: &Arc<AtomicBool>) -> Options {
+    SharedMemory::for_pipelines(context, repository, 1).options(cancel)
 }
 
 /// The least that a pipeline gets: a few requests under way, a few being compressed.
@@ -59,8 +63,12 @@ pub struct SharedMemory {
 
 impl SharedMemory {
     /// For so many pipelines, or as many of them as `--memory` carries; at least one.
-    pub fn for_pipelines(context: &Context, wanted: usize) -> Self {
-        let all = context.memory.saturating_sub(OVERHEAD_BYTES).min(PIPELINES_BYTES_MAX);
+    pub fn for_pipelines(context: &Context, repository: &Repository, wanted: usize) -> Self {
+        let beside = match repository.transfer_bytes() {
+            0 => OVERHEAD_BYTES,
+            transfer => OVERHEAD_BYTES + SERVER_OVERHEAD_BYTES + transfer,
+        };
+        let all = context.memory.saturating_sub(beside).min(PIPELINES_BYTES_MAX);
         let carried = usize::try_from(all / PIPELINE_BYTES_MIN).unwrap_or(usize::MAX);
         let pipelines = wanted.min(carried).max(1);
         Self { budget: Budget::new(all.min(PIPELINE_BYTES_MAX * pipelines as u64)), pipelines }

@@ -8,7 +8,7 @@ use icecore_repository::{BlockHasher, ContentRoot, DiskReader};
 use crate::backend::LaneSet;
 use crate::error::{EngineError, Span};
 use crate::pipeline::Options;
-use crate::pipeline::write::{Holes, flush, write};
+use crate::pipeline::write::{Fetchers, Holes, flush, write};
 use crate::plan::Blocks;
 use crate::prove::{prove_root, require_blocks};
 use crate::source::{BlockRange, RangesOf, Steps};
@@ -122,10 +122,11 @@ fn write_steps(
     let blank = state == TargetState::Blank;
     let steps = Steps::new(point, disk, ranges, per_request, blank);
     let span = Span::new(0, disk.size);
-    let decoder = |_| point.decoder().map_err(|source| EngineError::Repository { span, source });
-    let decoders = (0..options.workers.max(1)).map(decoder).collect::<Result<Vec<_>, _>>()?;
+    let fetcher = |_| point.fetcher().map_err(|source| EngineError::Repository { span, source });
+    let (overlapping, batch_bytes) = point.fetchers();
+    let each = (0..options.workers.max(overlapping)).map(fetcher).collect::<Result<Vec<_>, _>>()?;
     let holes = set.file().filter(|_| blank).map_or(Holes::Fill, Holes::Keep);
-    write(set, disk, steps, decoders, holes, options)
+    write(set, disk, steps, Fetchers { each, batch_bytes }, holes, options)
 }
 
 fn read_back(

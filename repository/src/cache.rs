@@ -6,7 +6,8 @@
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::envelope::Kind;
 use crate::sealing::Sealing;
@@ -43,26 +44,32 @@ impl Cache {
 
     pub(crate) fn write(&self, kind: Kind, name: &'static str, payload: &[u8]) {
         let folder = self.folder.display();
-        match self.sealing.close(kind, name, payload).map(|closed| self.replace(name, &closed)) {
+        match self
+            .sealing
+            .close(kind, name, payload)
+            .map(|closed| replace_private(&self.folder, name, &closed))
+        {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(%error, %folder, "cache file not written"),
             Err(error) => tracing::warn!(%error, %folder, "cache file not written"),
         }
     }
+}
 
-    fn replace(&self, name: &'static str, bytes: &[u8]) -> std::io::Result<()> {
-        // Block ids tell whether a known content is there: only the owner may read them.
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
-        // Two processes may write at once: each its own file, the last rename wins.
-        let fresh = self.folder.join(format!(".{name}.{}", std::process::id()));
-        let mut private = fs::OpenOptions::new();
-        private.write(true).create(true).truncate(true).mode(0o600);
-        let written = private.open(&fresh).and_then(|mut file| file.write_all(bytes));
-        let replaced = written.and_then(|()| fs::rename(&fresh, self.folder.join(name)));
-        if replaced.is_err() {
-            // Best effort: what stays behind is overwritten by the next try.
-            let _ = fs::remove_file(&fresh);
-        }
-        replaced
+/// Replaces a file that only the owner may read: block ids tell whether a known content is there.
+pub(crate) fn replace_private(folder: &Path, name: &str, bytes: &[u8]) -> std::io::Result<()> {
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+    // Several may write at once: each his own file, the last rename wins.
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let fresh = folder.join(format!(".{name}.{}.{number}", std::process::id()));
+    let mut private = fs::OpenOptions::new();
+    private.write(true).create(true).truncate(true).mode(0o600);
+    let written = private.open(&fresh).and_then(|mut file| file.write_all(bytes));
+    let replaced = written.and_then(|()| fs::rename(&fresh, folder.join(name)));
+    if replaced.is_err() {
+        // Best effort: what stays behind is of no use to anybody.
+        let _ = fs::remove_file(&fresh);
     }
+    replaced
 }

@@ -15,7 +15,7 @@ use crate::manifest::{self, Receipt};
 use crate::map::{Below, MapView, RunDraft, RunReader, fold, merge_count};
 use crate::names;
 use crate::point::{DiskSummary, Location, Origin, Point, PointDisk, PointMeta};
-use crate::reader::open_runs;
+use crate::reader::{open_run, open_runs};
 use crate::repository::{Inner, Repository, random};
 use crate::session::{FinishedDisk, Session};
 use crate::sink::{DiskSink, DiskStart, DiskWriter, Inheritance, Parent, ParentCursor};
@@ -168,7 +168,7 @@ fn learn(inner: &Arc<Inner>, index: &DedupIndex, quarantined: &BTreeSet<PackId>)
     let mut packs = Vec::new();
     for point in points.iter().rev() {
         for run in point.disks.iter().filter_map(|disk| disk.runs.first()) {
-            let run = RunReader::open(&inner.store, &inner.sealing, run);
+            let run = open_run(inner, run);
             packs.extend(unless_damaged(run.and_then(|run| run.packs()))?.unwrap_or_default());
         }
     }

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::block::{Unpacker, content_damage};
 use crate::error::{Damage, DamageKind, Error, Result};
@@ -12,11 +12,14 @@ use crate::names;
 use crate::pack::{FrameInfo, PackToc};
 use crate::point::Entry;
 use crate::repository::Inner;
+use crate::store::Store;
 
 /// Frames kept in tables of contents, all packs together: 4 MiB.
 const CACHED_FRAMES_MAX: usize = 1 << 16;
-/// Neighbouring frames are fetched together up to this size.
+/// Neighbouring frames are fetched together up to this size, where that costs no journey.
 const FETCH_BYTES_MAX: u64 = 1 << 20;
+/// The same of whoever knows what he will need: so large that the journey is a small part of it.
+pub(crate) const JOURNEY_BYTES_MAX: u64 = 4 << 20;
 /// Bytes between two frames that are rather read than skipped by another request.
 const FETCH_GAP_BYTES_MAX: u64 = 64 << 10;
 
@@ -59,33 +62,82 @@ impl Repeated {
 
 /// Tables of contents, the last used ones first.
 #[derive(Default)]
-pub(crate) struct TocCache(Mutex<VecDeque<(PackId, Arc<PackToc>)>>);
+pub(crate) struct TocCache {
+    known: Mutex<VecDeque<(PackId, Arc<PackToc>)>>,
+    /// Those that are being read.
+    asked: Mutex<Vec<PackId>>,
+    told: Condvar,
+}
+
+/// Says that a table is being read no more, however that ended.
+struct Asked<'a>(&'a TocCache, PackId);
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        self.0.asked().retain(|pack| *pack != self.1);
+        self.0.told.notify_all();
+    }
+}
 
 impl TocCache {
     pub(crate) fn get(&self, inner: &Inner, pack: PackId) -> Result<Arc<PackToc>> {
         if let Some(toc) = self.find(pack) {
             return Ok(toc);
         }
-        // Not under the lock: others read meanwhile. Two may read one table; that costs little.
-        let toc = Arc::new(PackToc::read(&*inner.store, &inner.sealing, pack)?);
-        let mut cached = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        cached.push_front((pack, Arc::clone(&toc)));
+        // Others read other tables meanwhile, and wait for this one.
+        let _asked = self.ask(pack);
+        if let Some(toc) = self.find(pack) {
+            return Ok(toc);
+        }
+        let read = |store: &Arc<dyn Store>| PackToc::read(&**store, &inner.sealing, pack);
+        let toc = Arc::new(inner.open_kept(&names::pack(pack)?, read)?);
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.push_front((pack, Arc::clone(&toc)));
         let mut frames = 0;
-        cached.retain(|(_, toc)| {
+        known.retain(|(_, toc)| {
             frames += toc.frames.len().max(1);
             frames <= CACHED_FRAMES_MAX
         });
         Ok(toc)
     }
 
+    fn ask(&self, pack: PackId) -> Asked<'_> {
+        let asked = self.told.wait_while(self.asked(), |asked| asked.contains(&pack));
+        asked.unwrap_or_else(PoisonError::into_inner).push(pack);
+        Asked(self, pack)
+    }
+
+    fn asked(&self) -> MutexGuard<'_, Vec<PackId>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn find(&self, pack: PackId) -> Option<Arc<PackToc>> {
-        let mut cached = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = cached.iter().position(|(cached, _)| *cached == pack)?;
-        let found = cached.remove(at)?;
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = known.iter().position(|(known, _)| *known == pack)?;
+        let found = known.remove(at)?;
         let toc = Arc::clone(&found.1);
-        cached.push_front(found);
+        known.push_front(found);
         Some(toc)
     }
+}
+
+/// A stretch of a disk that is to be read.
+pub struct Part<'a> {
+    /// The block at the beginning of `out`.
+    pub first: BlockIndex,
+    /// Its DATA blocks, ascending; all others are zero.
+    pub entries: &'a [Entry],
+    /// Where to; it ends at a block boundary or at the disk's end.
+    pub out: &'a mut [u8],
+}
+
+/// A block that has to be fetched.
+struct Want<'a> {
+    entry: &'a Entry,
+    frame: FrameInfo,
+    /// Which part it belongs to, and where there.
+    part: usize,
+    room: Range<usize>,
 }
 
 /// Reads blocks of one disk of a point; one per thread.
@@ -97,13 +149,23 @@ pub struct BlockDecoder {
     toc: Option<(PackId, Arc<PackToc>)>,
     fetched: Vec<u8>,
     repeated: Repeated,
+    manner: Manner,
+}
+
+/// How the bytes of packs are asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Manner {
+    /// As they are needed; the store may guess what comes next.
+    Stepwise,
+    /// Whoever reads knows what he needs and asks for it in time: nothing is guessed.
+    Planned,
 }
 
 impl BlockDecoder {
-    pub(crate) fn new(inner: Arc<Inner>, size_bytes: u64) -> Result<Self> {
+    pub(crate) fn new(inner: Arc<Inner>, size_bytes: u64, manner: Manner) -> Result<Self> {
         let unpacker = Unpacker::new(inner.sealing.hasher())?;
         let (fetched, repeated) = (Vec::new(), Repeated::default());
-        Ok(Self { inner, size_bytes, unpacker, toc: None, fetched, repeated })
+        Ok(Self { inner, size_bytes, unpacker, toc: None, fetched, repeated, manner })
     }
 
     /// Reads one block into `block`, which is exactly as long as the block.
@@ -129,30 +191,62 @@ impl BlockDecoder {
         entries: &[Entry],
         out: &mut [u8],
     ) -> Result<()> {
-        let mut position = 0;
-        let mut rest = entries;
-        while let Some(entry) = rest.first() {
-            let room = self.room(first, entry, position, out.len())?;
-            if self.repeated.copy_to(&entry.id, &mut out[room.clone()]) {
-                out[position..room.start].fill(0);
-                position = room.end;
-                rest = &rest[1..];
-                continue;
-            }
-            let (together, start, stop) = self.neighbours(rest)?;
-            self.fetch(entry, start, stop)?;
-            for entry in &rest[..together] {
-                let room = self.room(first, entry, position, out.len())?;
-                out[position..room.start].fill(0);
-                position = room.end;
-                let frame = self.frame(entry)?;
-                let at = u64::from(frame.offset) - start;
-                self.unpack(entry, &frame, at as usize, &mut out[room])?;
+        self.read_parts(&mut [Part { first, entries, out }])
+    }
+
+    /// As [`read_many`](Self::read_many) for several stretches: what lies together in a pack is
+    /// fetched at once, whichever of them needs it.
+    ///
+    /// # Errors
+    /// `Damaged` naming the pack; no part holds anything usable then.
+    pub fn read_parts(&mut self, parts: &mut [Part<'_>]) -> Result<()> {
+        let mut wants = Vec::new();
+        for (number, part) in parts.iter_mut().enumerate() {
+            self.lay_out(number, part, &mut wants)?;
+        }
+        wants.sort_unstable_by_key(|want| (want.entry.location.pack, want.frame.offset));
+        let mut rest = &wants[..];
+        while let Some(want) = rest.first() {
+            let (together, start, stop) = neighbours(rest, self.fetch_bytes_max());
+            self.fetch(want.entry, start, stop)?;
+            for Want { entry, frame, part, room } in &rest[..together] {
+                let out = &mut parts[*part].out[room.clone()];
+                if !self.repeated.copy_to(&entry.id, out) {
+                    let at = u64::from(frame.offset) - start;
+                    self.frame(entry)?;
+                    self.unpack(entry, frame, at as usize, out)?;
+                }
             }
             rest = &rest[together..];
         }
-        out[position..].fill(0);
         Ok(())
+    }
+
+    /// Fills the zeroes of a part and what is at hand; adds what has to be fetched.
+    fn lay_out<'a>(
+        &mut self,
+        number: usize,
+        part: &mut Part<'a>,
+        wants: &mut Vec<Want<'a>>,
+    ) -> Result<()> {
+        let mut position = 0;
+        for entry in part.entries {
+            let room = self.room(part.first, entry, position, part.out.len())?;
+            part.out[position..room.start].fill(0);
+            position = room.end;
+            if !self.repeated.copy_to(&entry.id, &mut part.out[room.clone()]) {
+                wants.push(Want { entry, frame: self.frame(entry)?, part: number, room });
+            }
+        }
+        part.out[position..].fill(0);
+        Ok(())
+    }
+
+    fn fetch_bytes_max(&self) -> u64 {
+        match self.manner {
+            Manner::Stepwise => FETCH_BYTES_MAX,
+            Manner::Planned => JOURNEY_BYTES_MAX,
+        }
     }
 
     /// Bytes of the disk that these entries hold.
@@ -188,31 +282,6 @@ impl BlockDecoder {
         if wanted as usize == length { Ok(()) } else { Err(misplaced(entry)) }
     }
 
-    /// How many of the first entries lie so close together that one request fetches them, and the
-    /// bytes of the pack to ask for.
-    fn neighbours(&mut self, entries: &[Entry]) -> Result<(usize, u64, u64)> {
-        let mut count = 0;
-        let (mut start, mut stop) = (0, 0);
-        for entry in entries {
-            if count > 0 && entry.location.pack != entries[0].location.pack {
-                break;
-            }
-            let frame = self.frame(entry)?;
-            let offset = u64::from(frame.offset);
-            let end = offset + u64::from(frame.stored_bytes);
-            let far = offset < stop || offset - stop > FETCH_GAP_BYTES_MAX;
-            if count > 0 && (far || end - start > FETCH_BYTES_MAX) {
-                break;
-            }
-            if count == 0 {
-                start = offset;
-            }
-            stop = end;
-            count += 1;
-        }
-        Ok((count, start, stop))
-    }
-
     /// The frame of an entry, checked against what the entry and the disk say of it.
     fn frame(&mut self, entry: &Entry) -> Result<FrameInfo> {
         let pack = entry.location.pack;
@@ -243,7 +312,11 @@ impl BlockDecoder {
     fn fetch(&mut self, entry: &Entry, start: u64, stop: u64) -> Result<()> {
         self.fetched.resize((stop - start) as usize, 0);
         let name = names::pack(entry.location.pack)?;
-        Ok(self.inner.store.read_exact(&name, start, &mut self.fetched)?)
+        match self.manner {
+            Manner::Stepwise => self.inner.store.read_exact(&name, start, &mut self.fetched)?,
+            Manner::Planned => self.inner.store.read_planned(&name, start, &mut self.fetched)?,
+        }
+        Ok(())
     }
 
     fn unpack(
@@ -269,6 +342,25 @@ impl BlockDecoder {
         self.repeated.note(&entry.id, block);
         Ok(())
     }
+}
+
+/// How many of the first of these, sorted by place, lie so close together that one request fetches
+/// them, and the bytes of the pack to ask for.
+fn neighbours(wants: &[Want<'_>], bytes_max: u64) -> (usize, u64, u64) {
+    let Some(first) = wants.first() else { return (0, 0, 0) };
+    let start = u64::from(first.frame.offset);
+    let (mut count, mut stop) = (0, start);
+    for Want { entry, frame, .. } in wants {
+        let offset = u64::from(frame.offset);
+        let end = stop.max(offset + u64::from(frame.stored_bytes));
+        let is_near = offset <= stop + FETCH_GAP_BYTES_MAX && end - start <= bytes_max;
+        if count > 0 && (entry.location.pack != first.entry.location.pack || !is_near) {
+            break;
+        }
+        stop = end;
+        count += 1;
+    }
+    (count, start, stop)
 }
 
 /// Where a block belongs in a buffer that begins with block `first`.

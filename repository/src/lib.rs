@@ -25,6 +25,7 @@ pub mod geometry;
 #[cfg(test)]
 mod hostile;
 pub mod ids;
+mod kept;
 mod keys;
 mod lock;
 mod manifest;
@@ -53,7 +54,7 @@ pub use config::FORMAT_VERSION;
 pub use content::ContentHasher;
 pub use copy::{Compared, Copied, CopiedDisk, CopyProgress};
 pub use crypto::{BadKey, KeyInfo, KeyMaterial, KeyMethod, RecoveryKit};
-pub use decoder::BlockDecoder;
+pub use decoder::{BlockDecoder, Part};
 pub use encoder::{BlockEncoder, Encoders};
 pub use error::{Damage, DamageKind, Error, Result};
 pub use gc::{GcOptions, GcReport, Pace, RealPace};

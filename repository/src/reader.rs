@@ -3,15 +3,17 @@
 use std::sync::Arc;
 
 use crate::content::FANOUT;
-use crate::decoder::BlockDecoder;
+use crate::decoder::{BlockDecoder, JOURNEY_BYTES_MAX, Manner};
 use crate::error::{Damage, DamageKind, Result};
 use crate::geometry::{BlockIndex, BlockSize};
 use crate::ids::{BlockId, ContentRoot};
 use crate::map::{
     MapView, PAGE_BLOCKS, PageCursor, PageSlots, REGION_BLOCKS, RunReader, Slot, empty_page,
 };
+use crate::names;
 use crate::point::{Entry, PointDisk, RunRef};
 use crate::repository::Inner;
+use crate::store::Store;
 
 /// A disk of a point.
 pub struct DiskReader {
@@ -23,8 +25,13 @@ pub struct DiskReader {
 
 /// Opens the runs of a map, newest first.
 pub(crate) fn open_runs(inner: &Inner, runs: &[RunRef]) -> Result<Vec<Arc<RunReader>>> {
-    let open = |run| Ok(Arc::new(RunReader::open(&inner.store, &inner.sealing, run)?));
-    runs.iter().map(open).collect()
+    runs.iter().map(|run| Ok(Arc::new(open_run(inner, run)?))).collect()
+}
+
+/// Opens a run of a map, with what this host may have kept of it.
+pub(crate) fn open_run(inner: &Inner, run: &RunRef) -> Result<RunReader> {
+    let open = |store: &Arc<dyn Store>| RunReader::open(store, &inner.sealing, run);
+    inner.open_kept(&names::run(run.run)?, open)
 }
 
 impl DiskReader {
@@ -84,7 +91,26 @@ impl DiskReader {
     /// # Errors
     /// When there is no memory for it.
     pub fn decoder(&self) -> Result<BlockDecoder> {
-        BlockDecoder::new(Arc::clone(&self.inner), self.disk.size_bytes)
+        BlockDecoder::new(Arc::clone(&self.inner), self.disk.size_bytes, Manner::Stepwise)
+    }
+
+    /// As [`decoder`](Self::decoder), for those who know what they need and ask for much of it at
+    /// once, from [`fetchers`](Self::fetchers) threads.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    pub fn fetcher(&self) -> Result<BlockDecoder> {
+        BlockDecoder::new(Arc::clone(&self.inner), self.disk.size_bytes, Manner::Planned)
+    }
+
+    /// How many fetchers are worth having, and how many bytes of the disk each had better be asked
+    /// for at once: where each request is a journey, several overlap, and each brings much.
+    #[must_use]
+    pub fn fetchers(&self) -> (usize, u64) {
+        match self.inner.store.readers() {
+            0 => (1, 0),
+            several => (several, JOURNEY_BYTES_MAX),
+        }
     }
 }
 

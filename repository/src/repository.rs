@@ -13,6 +13,7 @@ use crate::decoder::TocCache;
 use crate::error::{Damage, DamageKind, Error, Result};
 use crate::geometry::BlockSize;
 use crate::ids::{ChainId, DiskId, PointId, RepositoryId, VmName};
+use crate::kept::Kept;
 use crate::keys;
 use crate::lock::LockPolicy;
 use crate::manifest::{self, MANIFEST_BYTES_MAX};
@@ -23,6 +24,7 @@ use crate::resolve;
 use crate::sealing::Sealing;
 use crate::store::{
     Access, Address, Locking, ObjectLock, ObjectName, Store, StoreErrorKind, Traffic,
+    TransferMemory,
 };
 use crate::writers::Coordination;
 
@@ -48,6 +50,8 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// Keys to try, where it is encrypted; where it is not, they are of no use.
     pub keys: Vec<KeyMaterial>,
+    /// Memory for what is under way, where a server keeps the repository.
+    pub transfer: TransferMemory,
 }
 
 /// Figures of a repository.
@@ -89,7 +93,10 @@ pub(crate) struct Inner {
     pub(crate) sealing: Sealing,
     pub(crate) coordination: Coordination,
     pub(crate) cache: Option<Cache>,
+    /// Of a repository on a server.
+    pub(crate) kept: Option<Kept>,
     pub(crate) read_only: bool,
+    pub(crate) transfer: TransferMemory,
     pub(crate) catalog: Catalog,
     pub(crate) tocs: TocCache,
 }
@@ -203,7 +210,7 @@ impl Repository {
         {
             return Err(none("it is no directory"));
         }
-        match address.open(access) {
+        match address.open(access, options.transfer) {
             Ok(store) => Self::open_on(store, options),
             Err(error) if error.is_not_found() => Err(none("there is nothing at this place")),
             Err(error) => Err(error.into()),
@@ -242,13 +249,18 @@ impl Repository {
     ) -> Self {
         let coordination = Coordination::new(Arc::clone(&store), sealing.clone());
         let cache = options.cache_dir.clone().map(|root| Cache::new(root, sealing.clone()));
+        let is_far = store.readers() > 0;
+        let kept_in = options.cache_dir.as_deref().filter(|_| is_far);
+        let kept = kept_in.map(|root| Kept::new(root, config.id.clone()));
         let inner = Inner {
             store,
             config,
             sealing,
             coordination,
             cache,
+            kept,
             read_only: options.read_only,
+            transfer: options.transfer,
             catalog: Catalog::default(),
             tocs: TocCache::default(),
         };
@@ -272,6 +284,13 @@ impl Repository {
     #[must_use]
     pub fn traffic(&self) -> Option<Traffic> {
         self.inner.store.traffic()
+    }
+
+    /// Memory that is set aside for what is under way to and from the repository's server; 0 where
+    /// there is none.
+    #[must_use]
+    pub fn transfer_bytes(&self) -> u64 {
+        if self.inner.store.readers() == 0 { 0 } else { self.inner.transfer.bytes() }
     }
 
     /// The size of its blocks.
@@ -384,13 +403,13 @@ impl Repository {
     /// # Errors
     /// `NotFound` or `Ambiguous`.
     pub fn resolve(&self, spec: &str, vm: Option<&VmName>) -> Result<PointId> {
-        let points = self.points()?;
+        let (points, damaged) = self.survey()?;
         let of_vm = |point: &&Point| vm.is_none_or(|vm| vm == &point.vm);
         let mut ids: Vec<PointId> =
             points.iter().filter(of_vm).map(|point| point.id.clone()).collect();
         // A damaged point does not say whose it is. It counts, so that the one before it is never
         // quietly taken for the newest.
-        ids.extend(self.damaged_points()?.into_iter().map(|(id, _)| id));
+        ids.extend(damaged.into_iter().map(|(id, _)| id));
         ids.sort_unstable();
         resolve::point(spec, &ids.iter().collect::<Vec<_>>()).or_else(|error| {
             // A copy is also found by the id that it had where it was taken.
@@ -407,12 +426,20 @@ impl Repository {
     /// # Errors
     /// The store's.
     pub fn damaged_points(&self) -> Result<Vec<(PointId, Damage)>> {
+        Ok(self.survey()?.1)
+    }
+
+    /// All points, and those that are damaged, in one go: each listing of a far store is a journey.
+    fn survey(&self) -> Result<(Vec<Point>, Vec<(PointId, Damage)>)> {
         let manifests = self.point_ids(names::POINTS)?;
         let receipts = self.point_ids(names::RECEIPTS)?;
-        let known: BTreeSet<PointId> = self.points()?.into_iter().map(|point| point.id).collect();
+        // After the listings, never before, as everywhere.
         let standing = self.inner.coordination.standing()?;
+        let mut points = self.inner.catalog.points(&self.inner, &manifests)?;
+        points.retain(|point| standing.sees(&point.id, &point.writer_id));
+        let known: BTreeSet<&PointId> = points.iter().map(|point| &point.id).collect();
         let mut damaged = Vec::new();
-        for id in manifests.union(&receipts).filter(|id| !known.contains(*id)) {
+        for id in manifests.union(&receipts).filter(|id| !known.contains(id)) {
             if standing.is_deleted(id) {
                 continue;
             }
@@ -431,7 +458,7 @@ impl Repository {
                 },
             }
         }
-        Ok(damaged)
+        Ok((points, damaged))
     }
 
     fn point_ids(&self, prefix: &str) -> Result<BTreeSet<PointId>> {
@@ -519,6 +546,18 @@ impl Repository {
 }
 
 impl Inner {
+    /// Opens an object whose tables may have been kept on this host.
+    pub(crate) fn open_kept<T>(
+        &self,
+        name: &ObjectName,
+        open: impl Fn(&Arc<dyn Store>) -> Result<T>,
+    ) -> Result<T> {
+        match &self.kept {
+            Some(kept) => kept.open(&self.store, name, open),
+            None => open(&self.store),
+        }
+    }
+
     /// Reads the config again, as `check` does.
     pub(crate) fn verify_config(&self) -> Result<()> {
         let config = Config::decode(&self.store.read(&names::config()?, CONFIG_BYTES_MAX)?)?;

@@ -4,6 +4,7 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::failure::{Failure, Result};
 use crate::icecore::Site;
@@ -48,10 +49,13 @@ pub struct Rule {
 struct Script {
     rules: Vec<Rule>,
     hits: usize,
+    requests: usize,
+    journey: Duration,
 }
 
 impl Script {
     fn next(&mut self, method: &str, target: &str) -> Option<Mischief> {
+        self.requests += 1;
         for rule in &mut self.rules {
             if rule.method != method || !target.contains(rule.contains) || rule.times == 0 {
                 continue;
@@ -101,7 +105,19 @@ impl FaultProxy {
 
     /// From now on these rules hold, and no others.
     pub fn play(&self, rules: Vec<Rule>) {
-        *self.script.lock().unwrap_or_else(PoisonError::into_inner) = Script { rules, hits: 0 };
+        *self.script.lock().unwrap_or_else(PoisonError::into_inner) =
+            Script { rules, ..Script::default() };
+    }
+
+    /// From now on nothing is done to requests, but each takes so long, as to a server far away.
+    pub fn be_far(&self, journey: Duration) {
+        *self.script.lock().unwrap_or_else(PoisonError::into_inner) =
+            Script { journey, ..Script::default() };
+    }
+
+    /// How many requests there were since the last [`play`](Self::play) or [`be_far`](Self::be_far).
+    pub fn requests(&self) -> usize {
+        self.script.lock().unwrap_or_else(PoisonError::into_inner).requests
     }
 
     /// How many requests were hit since the last [`play`](Self::play).
@@ -117,7 +133,11 @@ fn serve(mut client: TcpStream, upstream: u16, script: &Mutex<Script>) -> Result
     let mut words = line.split(' ');
     let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
     let length = header(&head, "content-length").and_then(|text| text.parse().ok()).unwrap_or(0);
-    let mischief = script.lock().unwrap_or_else(PoisonError::into_inner).next(method, target);
+    let (mischief, journey) = {
+        let mut script = script.lock().unwrap_or_else(PoisonError::into_inner);
+        (script.next(method, target), script.journey)
+    };
+    std::thread::sleep(journey);
     if mischief == Some(Mischief::Reset) {
         body.resize(length / 2, 0);
         return Ok(());

@@ -1,8 +1,13 @@
 //! Repositories in object stores: real servers, and what networks and servers do to requests.
 
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
 use icecore_tests::{
     Disk, FaultProxy, Icecore, MIB, Mischief, ObjectServer, ObjectStore, Result, Rule, SECRET_KEY,
-    TestVm, VmSpec, acceptance,
+    TestVm, VmSpec, acceptance, count, run, wait_until,
 };
 
 /// A repository that nothing of is there before.
@@ -178,4 +183,102 @@ fn troubles_at_a_server_that_overwrites_are_outlasted() -> Result<()> {
 #[test]
 fn troubles_at_a_server_with_conditions_are_outlasted() -> Result<()> {
     troubles_at(ObjectServer::Moto)
+}
+
+/// The files that a host has kept of maps and tables.
+fn kept(icecore: &Icecore) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for repository in std::fs::read_dir(icecore.path("cache"))? {
+        let folder = repository?.path().join("kept");
+        let Ok(entries) = std::fs::read_dir(&folder) else { continue };
+        assert_eq!(folder.metadata()?.permissions().mode() & 0o777, 0o700);
+        for entry in entries {
+            files.push(entry?.path());
+        }
+    }
+    Ok(files)
+}
+
+#[test]
+fn maps_and_tables_are_fetched_once_and_what_is_kept_is_never_believed() -> Result<()> {
+    let Some(store) = ObjectStore::start(ObjectServer::Rclone)? else { return Ok(()) };
+    let icecore = Icecore::at(&store.site(PLACE))?;
+    let vm = vm()?;
+    renew(&vm, 1)?;
+    icecore.backup(&vm).succeed()?;
+    renew(&vm, 2)?;
+    let point = icecore.prove_next_point(&vm)?;
+    let reference = vm.reference()?;
+    let reader = icecore.another_host()?;
+    let restore = |name: &str| -> Result<u64> {
+        let folder = reader.path(name);
+        let report = reader.restore_all("latest", &folder)?;
+        reference.compare("large", &folder.join("large.raw"))?;
+        std::fs::remove_dir_all(&folder)?;
+        count(&report["store"], "reads")
+    };
+    let first = restore("first")?;
+    let files = kept(&reader)?;
+    assert!(!files.is_empty(), "nothing was kept of {point}");
+    let again = restore("again")?;
+    assert!(again < first, "{first} requests, then {again}");
+    // Bits that changed, an end that is missing, and another object's: each costs its journeys.
+    for (number, file) in files.iter().enumerate() {
+        let mut bytes = std::fs::read(file)?;
+        match number % 3 {
+            0 => *bytes.last_mut().expect("files are not empty") ^= 1,
+            1 => bytes.truncate(bytes.len() / 2),
+            _ => bytes = std::fs::read(&files[0])?,
+        }
+        std::fs::write(file, bytes)?;
+    }
+    let damaged = restore("damaged")?;
+    assert!(damaged > again, "{damaged} requests, {again} with all that was kept");
+    let mended = restore("mended")?;
+    assert!(mended < damaged, "{damaged} requests, then {mended}");
+    Ok(())
+}
+
+/// Requests until the first byte of an exported point; each is a journey.
+const FIRST_BYTE_REQUESTS_MAX: usize = 24;
+/// A journey within a country.
+const JOURNEY: Duration = Duration::from_millis(15);
+/// What a user waits for the first byte.
+const FIRST_BYTE_WITHIN: Duration = Duration::from_secs(1);
+
+/// Time from the start of `icecore export` to the first block that a client has read.
+fn first_byte(icecore: &Icecore, socket: &Path) -> Result<Duration> {
+    let started = Instant::now();
+    let export = icecore.command("export").args(["latest", "--disk", "large", "--repo"]);
+    let server = export.arg(icecore.repository()).arg("--socket").arg(socket).start()?;
+    wait_until("the export", Duration::from_secs(10), || Ok(socket.exists()))?;
+    let image =
+        format!("driver=nbd,server.type=unix,server.path={},export=large", socket.display());
+    run(Command::new("qemu-io").args(["-r", "-c", "read 1M 4k", "--image-opts", &image]))?;
+    let taken = started.elapsed();
+    server.signal(rustix::process::Signal::INT);
+    assert!(matches!(server.finish()?.status, Some(0 | 130)));
+    Ok(taken)
+}
+
+#[test]
+fn the_first_byte_of_an_exported_point_takes_few_journeys() -> Result<()> {
+    let Some(store) = ObjectStore::start(ObjectServer::Rclone)? else { return Ok(()) };
+    let proxy = FaultProxy::start(store.port())?;
+    let icecore = Icecore::at(&proxy.site(PLACE))?;
+    let vm = vm()?;
+    for seed in 1..3 {
+        renew(&vm, seed)?;
+        icecore.backup(&vm).succeed()?;
+    }
+    let reader = icecore.another_host()?;
+    for name in ["cold", "warm"] {
+        proxy.be_far(JOURNEY);
+        let taken = first_byte(&reader, &reader.path(name))?;
+        let requests = proxy.requests();
+        println!("{name}: {requests} requests, {taken:?}");
+        assert!(requests <= FIRST_BYTE_REQUESTS_MAX, "{name}: {requests} requests");
+        assert!(taken < FIRST_BYTE_WITHIN, "{name}: {taken:?}");
+    }
+    Ok(())
 }

@@ -69,7 +69,11 @@ impl<C: Capture> Backup<'_, C> {
             capture: Mutex::new(&mut *self.capture),
             activity: self.job.activity(),
             pacing: Arc::clone(&self.pacing),
-            memory: SharedMemory::for_pipelines(self.context, chosen.len().min(DISKS_AT_ONCE)),
+            memory: SharedMemory::for_pipelines(
+                self.context,
+                self.repository,
+                chosen.len().min(DISKS_AT_ONCE),
+            ),
             counted,
             interrupt: self.interrupt,
         };

@@ -94,8 +94,10 @@ async fn scrub_all(
     let counted = Arc::new(icecore_io_engine::Progress::default());
     let _shown = Progress::show("scrubbing".into(), Meter::new(0, Arc::clone(&counted)), context);
     let about = tried.to_owned();
+    let memory = context.transfer_memory(&address)?;
     let work = move || {
-        let store = address.open(Access::ReadOnly).map_err(|e| Failure::usage(&about, e))?;
+        let store =
+            address.open(Access::ReadOnly, memory).map_err(|e| Failure::usage(&about, e))?;
         scrub(store, |now| counted.read_bytes.store(now.bytes_read, Ordering::Relaxed))
             .map_err(|e| Failure::from_repository(&about, e))
     };

@@ -163,7 +163,7 @@ impl Restore<'_> {
             set = set.with_map(map);
         }
         let _hang_up = lanes.hang_up;
-        let options = data::options(self.context, &self.interrupt.flag());
+        let options = data::options(self.context, self.repository, &self.interrupt.flag());
         let mut meter = Meter::new(reader.size_bytes(), options.control.progress.clone());
         if self.verify == Verify::ReadBack {
             meter = meter.with_read_back();

@@ -214,7 +214,8 @@ impl Rollback<'_> {
         let mut set = LaneSet::new(lanes.set, self.context.engine)
             .map_err(|e| Failure::failed(self.tried, e))?;
         let _hang_up = lanes.hang_up;
-        let mut options = crate::data::options(self.context, &self.interrupt.flag());
+        let mut options =
+            crate::data::options(self.context, self.repository, &self.interrupt.flag());
         let activity = self.job.activity();
         options.control.pulse = activity.pulse.clone();
         let bytes = among.bytes(u64::from(wanted.block_size().bytes()), wanted.size_bytes());

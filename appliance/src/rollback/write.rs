@@ -39,7 +39,7 @@ impl Rollback<'_> {
             LaneSet::new(lanes.set, self.context.engine).map_err(|e| Failure::failed(&tried, e))?;
         let hang_up = lanes.hang_up;
         // From the first write on there is only one way: an interrupt is heard when it is done.
-        let mut options = data::options(self.context, &Default::default());
+        let mut options = data::options(self.context, self.repository, &Default::default());
         let activity = self.job.activity();
         options.control.pulse = activity.pulse.clone();
         let meter = Meter::new(to_write, options.control.progress.clone()).with_read_back();

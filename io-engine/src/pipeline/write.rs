@@ -6,7 +6,7 @@ use std::fs::File;
 use std::sync::atomic::Ordering::Relaxed;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
-use icecore_repository::{BlockIndex, Entry, is_zero};
+use icecore_repository::{BlockDecoder, BlockIndex, Entry, Part, is_zero};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
@@ -31,25 +31,10 @@ pub(crate) enum Step {
     Skip { first: u64, count: u64 },
 }
 
-/// Fetches the blocks of entries into a buffer that they fill exactly.
-pub(crate) trait Fetch: Send {
-    fn fetch(
-        &mut self,
-        first: BlockIndex,
-        entries: &[Entry],
-        out: &mut [u8],
-    ) -> icecore_repository::Result<()>;
-}
-
-impl Fetch for icecore_repository::BlockDecoder {
-    fn fetch(
-        &mut self,
-        first: BlockIndex,
-        entries: &[Entry],
-        out: &mut [u8],
-    ) -> icecore_repository::Result<()> {
-        self.read_many(first, entries, out)
-    }
+/// Those who fetch the blocks of a point, and how many bytes of the disk each is given at once.
+pub(crate) struct Fetchers {
+    pub(crate) each: Vec<BlockDecoder>,
+    pub(crate) batch_bytes: u64,
 }
 
 /// A buffer to be filled and written.
@@ -59,8 +44,20 @@ struct Task {
     buf: Buffer,
 }
 
+impl Task {
+    fn part(&mut self) -> Part<'_> {
+        let first = self.entries.first().map_or(BlockIndex(0), |entry| entry.index);
+        Part { first, entries: &self.entries, out: &mut self.buf }
+    }
+}
+
+/// Tasks that one worker does at once: what lies together in the repository is fetched at once.
+type Batch = Vec<Task>;
+
 struct Shared<'a> {
     halt: &'a Halt,
+    /// Tasks of a batch are at most so long together, or it has one.
+    batch_bytes: u64,
     disk: Blocks,
     pool: Pool,
     holes: Holes,
@@ -109,23 +106,25 @@ pub(crate) fn write(
     set: &mut LaneSet,
     disk: Blocks,
     steps: impl Iterator<Item = Result<Step, EngineError>> + Send,
-    fetchers: Vec<impl Fetch>,
+    fetchers: Fetchers,
     holes: Holes,
     options: &Options,
 ) -> Result<Latency, EngineError> {
     let halt = &Halt::new(options.control.clone());
     let request = set.request_bytes(disk.block)?;
     let _memory = options.take_memory(halt, request)?;
-    let shared = &Shared { halt, disk, pool: Pool::new(options.memory), holes };
+    // Whoever fills a batch waits for memory with what it has: it must not have all of it.
+    let batch_bytes = fetchers.batch_bytes.min(options.memory / 2);
+    let shared = &Shared { halt, batch_bytes, disk, pool: Pool::new(options.memory), holes };
     let (feed, intake) = queue::<()>(set.threads())?;
-    let (task_in, task_out) = unbounded::<Task>();
+    let (task_in, task_out) = unbounded::<Batch>();
     let latency = std::thread::scope(|scope| {
         let (priority, zeroes) = (options.priority, feed.clone());
         spawn(scope, halt, "icecore-plan", move || {
             priority.apply();
             shared.plan(steps, &zeroes, &task_in)
         });
-        for mut fetcher in fetchers {
+        for mut fetcher in fetchers.each {
             let (from, to) = (task_out.clone(), feed.clone());
             spawn(scope, halt, "icecore-work", move || {
                 priority.apply();
@@ -155,8 +154,9 @@ impl Shared<'_> {
         &self,
         steps: impl Iterator<Item = Result<Step, EngineError>>,
         zeroes: &Feed<()>,
-        tasks: &Sender<Task>,
+        tasks: &Sender<Batch>,
     ) -> Result<(), EngineError> {
+        let mut batch = Batch::new();
         for step in steps {
             match step? {
                 Step::Zero { first, count } => self.zero(self.disk.span(first, count), zeroes)?,
@@ -173,10 +173,15 @@ impl Shared<'_> {
                     drop(ticket.ok_or(EngineError::Cancelled)?);
                     // At most one request, so within 32 bits.
                     let buf = self.pool.get(span.len as usize, || self.halt.stopped())?;
-                    drop(tasks.send(Task { entries, span, buf }));
+                    batch.push(Task { entries, span, buf });
+                    let bytes: u64 = batch.iter().map(|task| task.span.len).sum();
+                    if bytes + span.len > self.batch_bytes {
+                        drop(tasks.send(std::mem::take(&mut batch)));
+                    }
                 }
             }
         }
+        drop(tasks.send(batch));
         Ok(())
     }
 
@@ -195,18 +200,19 @@ impl Shared<'_> {
 
     fn work(
         &self,
-        fetcher: &mut impl Fetch,
-        from: &Receiver<Task>,
+        fetcher: &mut BlockDecoder,
+        from: &Receiver<Batch>,
         to: &Feed<()>,
     ) -> Result<(), EngineError> {
-        for Task { entries, span, mut buf } in from {
-            if self.halt.stopped() {
-                continue;
+        for mut batch in from {
+            let Some(first) = batch.first().filter(|_| !self.halt.stopped()) else { continue };
+            let span = first.span;
+            let mut parts: Vec<Part<'_>> = batch.iter_mut().map(Task::part).collect();
+            let read = fetcher.read_parts(&mut parts);
+            read.map_err(|source| EngineError::Repository { span, source })?;
+            for task in batch {
+                self.put(task.span.offset, task.buf, to)?;
             }
-            let failed = |source| EngineError::Repository { span, source };
-            let first = entries.first().map_or(BlockIndex(0), |entry| entry.index);
-            fetcher.fetch(first, &entries, &mut buf).map_err(failed)?;
-            self.put(span.offset, buf, to)?;
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ use super::ahead::ReadAhead;
 use super::probe::probe_directory;
 use super::served::{BadServerAddress, ServedStore, ServerAddress};
 use super::sftp::{self, BadSftpAddress, SftpAddress, Ssh};
+use super::transfer::TransferMemory;
 use super::{
     Access, DirectoryStore, Found, Locking, S3Address, S3Store, Store, StoreError, Unfit, s3,
 };
@@ -103,20 +104,24 @@ impl Address {
     ///
     /// # Errors
     /// `NotFound` when there is nothing, else what the device says.
-    pub fn open(&self, access: Access) -> Result<Arc<dyn Store>, StoreError> {
+    pub fn open(
+        &self,
+        access: Access,
+        memory: TransferMemory,
+    ) -> Result<Arc<dyn Store>, StoreError> {
+        let ahead = |store| Arc::new(ReadAhead::new(store, memory.reading(access)));
         Ok(match self {
             Self::Directory(path) => Arc::new(DirectoryStore::open(path, access)?),
             Self::S3(place) => {
                 let settings = s3::from_environment(&place.to_string())?;
-                Arc::new(ReadAhead::new(Arc::new(S3Store::open(place, settings, access)?)))
+                let store = S3Store::open(place, settings, access)?;
+                ahead(Arc::new(store.with_memory(memory.writing())))
             }
             Self::Sftp(address) => {
                 let store = sftp::open(Ssh::from_environment(), address, access)?;
-                Arc::new(ReadAhead::new(Arc::new(store)))
+                ahead(Arc::new(store))
             }
-            Self::Server(address) => {
-                Arc::new(ReadAhead::new(Arc::new(ServedStore::open(address, access)?)))
-            }
+            Self::Server(address) => ahead(Arc::new(ServedStore::open(address, access)?)),
         })
     }
 

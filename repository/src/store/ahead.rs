@@ -14,10 +14,10 @@ use super::{ObjectEntry, ObjectLock, ObjectName, ObjectWriter, Store, StoreError
 
 /// One request of a read in order: large enough that the journey is a small part of it.
 const WINDOW_BYTES: u64 = 4 << 20;
-/// Windows kept or under way, all objects together: 32 MiB.
-const WINDOWS_MAX: usize = 8;
-/// Windows fetched before they are asked for.
-const AHEAD: u64 = 3;
+/// Windows kept or under way, all objects together: 24 MiB.
+const WINDOWS_MAX: usize = 6;
+/// Planned reads that are worth having under way at once, each up to a window: 24 MiB.
+const READERS_MAX: usize = 6;
 /// Objects whose reads are watched: those of the readers of one process, and their maps.
 const STREAMS_MAX: usize = 32;
 /// So much must have been asked for in order before whole windows are worth it.
@@ -56,19 +56,23 @@ impl Stream {
         Self { begun: offset, end: offset, wanted: 0 }
     }
 
-    /// Takes note of a read; says whether whole windows are worth their bytes. Several readers share
-    /// the work, so one of them may be a little ahead of another.
-    fn note(&mut self, offset: u64, bytes: u64) -> bool {
+    /// Takes note of a read; says how many windows ahead are worth their bytes, if whole windows are
+    /// at all: the longer the run so far, the more. Several readers share the work, so one of them
+    /// may be a little ahead of another.
+    fn note(&mut self, offset: u64, bytes: u64) -> Option<u64> {
         let begun = self.begun.saturating_sub(WINDOW_BYTES);
         let is_near = offset >= begun && offset <= self.end.saturating_add(WINDOW_BYTES);
         if !is_near {
             *self = Self::new(offset);
         }
         self.begun = self.begun.min(offset);
-        self.end = self.end.max(offset.saturating_add(bytes));
-        self.wanted = self.wanted.saturating_add(bytes);
-        self.wanted >= IN_ORDER_BYTES_MIN
-            && self.wanted.saturating_mul(SPARSENESS_MAX) >= self.end - self.begun
+        let end = self.end.max(offset.saturating_add(bytes));
+        // What is read again is no progress.
+        self.wanted = self.wanted.saturating_add(bytes.min(end - self.end));
+        self.end = end;
+        let run = self.end - self.begun;
+        let is_dense = self.wanted.saturating_mul(SPARSENESS_MAX) >= run;
+        (self.wanted >= IN_ORDER_BYTES_MIN && is_dense).then_some(run / WINDOW_BYTES)
     }
 }
 
@@ -87,6 +91,8 @@ struct State {
     lengths: VecDeque<(ObjectName, u64)>,
     windows: VecDeque<Window>,
     edges: VecDeque<Edge>,
+    /// Memory of windows that gave their place to others.
+    spare: Vec<Vec<u8>>,
 }
 
 #[derive(Debug)]
@@ -103,7 +109,7 @@ fn touch<T>(items: &mut VecDeque<T>, is_it: impl Fn(&T) -> bool) -> Option<&mut 
 }
 
 impl State {
-    fn note(&mut self, name: &ObjectName, offset: u64, bytes: u64) -> bool {
+    fn note(&mut self, name: &ObjectName, offset: u64, bytes: u64) -> Option<u64> {
         if let Some((_, stream)) = touch(&mut self.streams, |(known, _)| known == name) {
             return stream.note(offset, bytes);
         }
@@ -129,12 +135,14 @@ impl State {
         touch(&mut self.windows, |window| window.number == number && &window.name == name)
     }
 
-    /// Makes a place for a window that is to be fetched; none when all are under way.
-    fn begin(&mut self, name: &ObjectName, number: u64) -> bool {
-        if self.windows.len() == WINDOWS_MAX {
+    /// Makes a place for a window that is to be fetched, of `most`; none when all are under way.
+    fn begin(&mut self, name: &ObjectName, number: u64, most: usize) -> bool {
+        if self.windows.len() >= most {
             let idle = self.windows.iter().rposition(|window| window.content.is_some());
             let Some(at) = idle else { return false };
-            self.windows.remove(at);
+            let left = self.windows.remove(at).and_then(|window| window.content);
+            // Unless somebody is copying from it.
+            self.spare.extend(left.and_then(|content| Arc::try_unwrap(content).ok()));
         }
         self.windows.push_front(Window { name: name.clone(), number, content: None });
         true
@@ -169,16 +177,22 @@ pub struct ReadAhead {
 #[derive(Debug)]
 struct Shared {
     inner: Arc<dyn Store>,
+    windows_max: usize,
+    readers: usize,
     state: Mutex<State>,
     arrived: Condvar,
 }
 
 impl ReadAhead {
-    /// In front of a store.
+    /// In front of a store, with so much memory for windows and for what planned reads have under
+    /// way; two windows at least.
     #[must_use]
-    pub fn new(inner: Arc<dyn Store>) -> Self {
+    pub fn new(inner: Arc<dyn Store>, memory_bytes: u64) -> Self {
+        let all = usize::try_from(memory_bytes / WINDOW_BYTES).unwrap_or(usize::MAX);
+        let readers = (all / 2).clamp(1, READERS_MAX);
+        let windows_max = all.saturating_sub(readers).clamp(1, WINDOWS_MAX);
         let (state, arrived) = Default::default();
-        Self { shared: Arc::new(Shared { inner, state, arrived }) }
+        Self { shared: Arc::new(Shared { inner, windows_max, readers, state, arrived }) }
     }
 }
 
@@ -233,39 +247,49 @@ impl Shared {
         let start = number * WINDOW_BYTES;
         // At most a window.
         let bytes = length.saturating_sub(start).min(WINDOW_BYTES) as usize;
-        let mut content = vec![0; bytes];
+        let mut content = self.state().spare.pop().unwrap_or_default();
+        content.resize(bytes, 0);
         self.inner.read_exact(name, start, &mut content)?;
         Ok(content)
     }
 
-    /// A window from here, or from the store.
-    fn get(&self, name: &ObjectName, number: u64, length: u64) -> Result<Arc<Vec<u8>>, StoreError> {
+    /// A window from here, or from the store; none where there is no place for it.
+    fn get(
+        &self,
+        name: &ObjectName,
+        number: u64,
+        length: u64,
+    ) -> Result<Option<Arc<Vec<u8>>>, StoreError> {
         let mut state = self.state();
         loop {
             match state.window(name, number) {
-                Some(Window { content: Some(content), .. }) => return Ok(Arc::clone(content)),
+                Some(Window { content: Some(content), .. }) => {
+                    return Ok(Some(Arc::clone(content)));
+                }
                 Some(_) => {
                     state = self.arrived.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
                 None => break,
             }
         }
-        let has_place = state.begin(name, number);
+        if !state.begin(name, number, self.windows_max) {
+            return Ok(None);
+        }
         drop(state);
         let fetched = self.fetch(name, number, length).map(Arc::new);
-        if has_place {
-            self.state().end(name, number, fetched.as_ref().ok());
-            self.arrived.notify_all();
-        }
-        fetched
+        self.state().end(name, number, fetched.as_ref().ok());
+        self.arrived.notify_all();
+        fetched.map(Some)
     }
 
     /// Begins to fetch the windows behind one, beside.
-    fn look_ahead(self: &Arc<Self>, name: &ObjectName, number: u64, length: u64) {
+    fn look_ahead(self: &Arc<Self>, name: &ObjectName, number: u64, length: u64, ahead: u64) {
         let last = length.saturating_sub(1) / WINDOW_BYTES;
-        for next in (number + 1..=last).take(AHEAD as usize) {
+        // The other half is for what is read ahead of other objects, or is still being used.
+        let most = usize::try_from(ahead).unwrap_or(usize::MAX).min(self.windows_max / 2);
+        for next in (number + 1..=last).take(most) {
             let mut state = self.state();
-            if state.window(name, next).is_some() || !state.begin(name, next) {
+            if state.window(name, next).is_some() || !state.begin(name, next, self.windows_max) {
                 continue;
             }
             drop(state);
@@ -288,17 +312,18 @@ impl Shared {
         name: &ObjectName,
         offset: u64,
         buffer: &mut [u8],
+        ahead: u64,
     ) -> Result<(), StoreError> {
         let length = self.length(name)?;
         let (mut at, mut rest) = (offset, buffer);
         while !rest.is_empty() {
             let number = at / WINDOW_BYTES;
             // Begun before this one is waited for.
-            self.look_ahead(name, number, length);
+            self.look_ahead(name, number, length, ahead);
             let window = self.get(name, number, length)?;
-            let part = window.get((at % WINDOW_BYTES) as usize..).filter(|part| !part.is_empty());
-            let Some(part) = part else {
-                // It ends early: the store says so in its own words.
+            let part = window.as_ref().and_then(|w| w.get((at % WINDOW_BYTES) as usize..));
+            let Some(part) = part.filter(|part| !part.is_empty()) else {
+                // It ends early, which the store says in its own words; or there is no place.
                 return self.inner.read_exact(name, at, rest);
             };
             let count = part.len().min(rest.len());
@@ -333,12 +358,20 @@ impl Store for ReadAhead {
         if self.shared.read_edge(name, offset, buffer)? {
             return Ok(());
         }
-        let in_order = self.shared.state().note(name, offset, buffer.len() as u64);
-        if in_order {
-            self.shared.read_in_order(name, offset, buffer)
-        } else {
-            self.shared.inner.read_exact(name, offset, buffer)
+        let ahead = self.shared.state().note(name, offset, buffer.len() as u64);
+        match ahead {
+            Some(ahead) => self.shared.read_in_order(name, offset, buffer, ahead),
+            None => self.shared.inner.read_exact(name, offset, buffer),
         }
+    }
+
+    fn read_planned(
+        &self,
+        name: &ObjectName,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), StoreError> {
+        self.shared.inner.read_exact(name, offset, buffer)
     }
 
     fn len(&self, name: &ObjectName) -> Result<u64, StoreError> {
@@ -384,6 +417,10 @@ impl Store for ReadAhead {
         self.shared.inner.lock()
     }
 
+    fn readers(&self) -> usize {
+        self.shared.readers
+    }
+
     fn traffic(&self) -> Option<Traffic> {
         self.shared.inner.traffic()
     }
@@ -400,13 +437,18 @@ mod tests {
     fn reads_in_order_are_worth_windows_and_scattered_ones_are_not() {
         const READ: u64 = 100 << 10;
         let mut stream = Stream::new(60);
-        let seen: Vec<bool> = (0..6).map(|n| stream.note(60 + n * READ, READ)).collect();
-        assert_eq!(seen, [false, false, true, true, true, true]);
-        assert!(stream.note(60 + 7 * READ, READ), "another reader is ahead");
-        assert!(stream.note(60 + 6 * READ, READ));
-        assert!(!stream.note(30 << 20, 64 << 10), "elsewhere");
+        let seen: Vec<_> = (0..6).map(|n| stream.note(60 + n * READ, READ)).collect();
+        assert_eq!(seen, [None, None, Some(0), Some(0), Some(0), Some(0)]);
+        assert!(stream.note(60 + 7 * READ, READ).is_some(), "another reader is ahead");
+        assert!(stream.note(60 + 6 * READ, READ).is_some());
+        assert_eq!(stream.note(30 << 20, 64 << 10), None, "elsewhere");
+        let again: Vec<_> = (0..9).map(|_| stream.note(30 << 20, 64 << 10)).collect();
+        assert_eq!(again, [None; 9], "no progress");
         let mut sparse = Stream::new(0);
-        assert!((0..30).all(|n| !sparse.note(n << 20, 64 << 10)), "one in sixteen");
+        assert!((0..30).all(|n| sparse.note(n << 20, 64 << 10).is_none()), "one in sixteen");
+        let mut long = Stream::new(0);
+        let seen: Vec<_> = (0..5).map(|n| long.note(n << 22, 4 << 20)).collect();
+        assert_eq!(seen, [Some(1), Some(2), Some(3), Some(4), Some(5)], "the longer, the more");
     }
 
     #[test]
@@ -434,7 +476,7 @@ mod tests {
             let name = ObjectName::new("packs/x").unwrap();
             let content: Vec<u8> = (0..length).map(|at| (at / 251) as u8).collect();
             inner.put(&name, &content).unwrap();
-            let store = ReadAhead::new(inner);
+            let store = ReadAhead::new(inner, 6 * WINDOW_BYTES);
             prop_assert_eq!(store.len(&name).unwrap(), length as u64);
             let mut end = 0;
             for (offset, bytes, goes_on) in reads {
@@ -450,7 +492,7 @@ mod tests {
                 }
                 end = if offset + bytes <= length { offset + bytes } else { 0 };
             }
-            prop_assert!(store.shared.state().windows.len() <= WINDOWS_MAX);
+            prop_assert!(store.shared.state().windows.len() <= 3);
         }
     }
 }

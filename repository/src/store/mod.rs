@@ -26,6 +26,7 @@ pub mod served;
 pub mod sftp;
 mod sim;
 mod traffic;
+mod transfer;
 
 use std::fmt;
 
@@ -41,6 +42,7 @@ pub use probe::{CreateOnly, Found, Unfit};
 pub use s3::{Locking, S3Address, S3Settings, S3Store};
 pub use sim::{CallFault, CrashMode, SimFileSystem, Torn};
 pub use traffic::Traffic;
+pub use transfer::TransferMemory;
 
 use crate::lock::LockPolicy;
 
@@ -190,6 +192,20 @@ pub trait Store: Send + Sync + fmt::Debug {
         buffer: &mut [u8],
     ) -> Result<(), StoreError>;
 
+    /// As [`read_exact`](Self::read_exact) for those who ask for all that they need in time, so that
+    /// reading ahead of them would be in vain.
+    ///
+    /// # Errors
+    /// As [`read_exact`](Self::read_exact).
+    fn read_planned(
+        &self,
+        name: &ObjectName,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), StoreError> {
+        self.read_exact(name, offset, buffer)
+    }
+
     /// The object's length in bytes.
     ///
     /// # Errors
@@ -271,6 +287,12 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// The locks of this store; none where it has no such thing.
     fn lock(&self) -> Option<&dyn ObjectLock> {
         None
+    }
+
+    /// How many planned reads are worth having under way at once, because each waits for a journey; 0
+    /// where there is no server to travel to.
+    fn readers(&self) -> usize {
+        0
     }
 
     /// What was sent and received so far; none where nothing is counted, as on a local disk.

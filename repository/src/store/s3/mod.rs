@@ -35,7 +35,7 @@ use super::retry::Fault;
 use super::traffic::Charge;
 use super::{
     Access, ObjectEntry, ObjectLock, ObjectName, ObjectWriter, Store, StoreError, StoreErrorKind,
-    Traffic,
+    Traffic, TransferMemory,
 };
 use crate::lock::LockPolicy;
 use crate::names;
@@ -92,10 +92,20 @@ impl S3Store {
     ) -> Result<Self, StoreError> {
         let location = address.to_string();
         let client = Client::new(address, settings).map_err(|why| setup_error(&location, why))?;
-        let (root, creation, turns) = (address.root(), Mutex::default(), Arc::default());
+        let (root, creation) = (address.root(), Mutex::default());
+        let turns = Arc::new(Turns::within(TransferMemory::MOST.writing()));
         let lock = OnceLock::new();
         let shared = Shared { client, location, root, access, creation, lock, turns };
         Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// With so many bytes of memory for uploads.
+    pub(super) fn with_memory(mut self, bytes: u64) -> Self {
+        // Nobody else has it yet.
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            shared.turns = Arc::new(Turns::within(bytes));
+        }
+        self
     }
 
     /// As [`open`](Self::open) for writing; makes the bucket if it is missing, with object lock

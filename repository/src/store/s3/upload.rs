@@ -1,7 +1,7 @@
 //! An object on its way: small ones in one request, large ones in parts that go while more comes in.
 
 use std::fmt::Write as _;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use super::client::{Failed, Request, Trouble};
@@ -14,38 +14,66 @@ use crate::store::{ObjectName, ObjectWriter, StoreError, StoreErrorKind};
 pub(super) const PART_BYTES: usize = 8 << 20;
 /// More parts a server does not take.
 const PARTS_MAX: usize = 10_000;
-/// Parts of one process under way at once: enough to fill a fast line at a usual distance, and
-/// bounds the memory for them to 32 MiB.
+/// Parts of one process under way at once, at most: enough to fill a fast line at a usual distance.
 const PARTS_UNDER_WAY_MAX: u32 = 4;
 
 /// Turns to send a part.
 #[derive(Debug)]
 pub(super) struct Turns {
-    free: Mutex<u32>,
+    state: Mutex<TurnsState>,
     freed: Condvar,
 }
 
-impl Default for Turns {
-    fn default() -> Self {
-        Self { free: Mutex::new(PARTS_UNDER_WAY_MAX), freed: Condvar::new() }
-    }
+#[derive(Debug)]
+struct TurnsState {
+    free: u32,
+    /// Memory of parts that were sent, for those to come.
+    spare: Vec<Vec<u8>>,
 }
 
 impl Turns {
-    fn take(self: &Arc<Self>) -> TakenTurn {
-        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let free = self.freed.wait_while(free, |free| *free == 0);
-        *free.unwrap_or_else(PoisonError::into_inner) -= 1;
-        TakenTurn(Arc::clone(self))
+    /// As many as so much memory allows, beside a part that is being gathered; one at least. The
+    /// rests of full packs that wait are small: four parts make a pack.
+    pub(super) fn within(memory_bytes: u64) -> Self {
+        let parts = u32::try_from(memory_bytes / PART_BYTES as u64).unwrap_or(u32::MAX);
+        let free = parts.saturating_sub(1).clamp(1, PARTS_UNDER_WAY_MAX);
+        Self { state: Mutex::new(TurnsState { free, spare: Vec::new() }), freed: Condvar::new() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, TurnsState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(self: &Arc<Self>, part: Vec<u8>) -> TakenTurn {
+        let state = self.freed.wait_while(self.state(), |state| state.free == 0);
+        state.unwrap_or_else(PoisonError::into_inner).free -= 1;
+        TakenTurn { turns: Arc::clone(self), part }
+    }
+
+    /// Memory for a part, used before if possible.
+    fn memory(&self) -> Vec<u8> {
+        self.state().spare.pop().unwrap_or_default()
     }
 }
 
-struct TakenTurn(Arc<Turns>);
+/// A part whose turn it is.
+struct TakenTurn {
+    turns: Arc<Turns>,
+    part: Vec<u8>,
+}
 
 impl Drop for TakenTurn {
     fn drop(&mut self) {
-        *self.0.free.lock().unwrap_or_else(PoisonError::into_inner) += 1;
-        self.0.freed.notify_one();
+        let mut part = std::mem::take(&mut self.part);
+        part.clear();
+        let mut state = self.turns.state();
+        state.free += 1;
+        // One for each writer that may be gathering is enough.
+        if state.spare.is_empty() {
+            state.spare.push(part);
+        }
+        drop(state);
+        self.turns.freed.notify_one();
     }
 }
 
@@ -106,8 +134,8 @@ impl S3Writer {
             self.upload = Some(self.begin()?);
         }
         self.take_note(false)?;
-        let part = std::mem::take(&mut self.part);
-        let turn = self.shared.turns.take();
+        let turn = self.shared.turns.take(std::mem::take(&mut self.part));
+        self.part = self.shared.turns.memory();
         let Some(upload) = &mut self.upload else { return Ok(()) };
         if upload.parts.len() == PARTS_MAX {
             return Err(self.wrong("write", "it is too large for an object store"));
@@ -116,8 +144,8 @@ impl S3Writer {
         let shared = Arc::clone(&self.shared);
         let (key, id) = (upload.key.clone(), upload.id.clone());
         let send = move || {
-            let sent = shared.send_part(&key, &id, index, &part);
-            drop((part, turn));
+            let sent = shared.send_part(&key, &id, index, &turn.part);
+            drop(turn);
             sent
         };
         let thread = std::thread::Builder::new().name("icecore-part".into()).spawn(send);
