@@ -87,6 +87,12 @@ pub struct Repository {
     pub(crate) inner: Arc<Inner>,
 }
 
+/// All points, those that can be read and those that cannot.
+struct Survey {
+    points: Vec<Point>,
+    damaged: Vec<(PointId, Damage)>,
+}
+
 pub(crate) struct Inner {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) config: Config,
@@ -403,7 +409,7 @@ impl Repository {
     /// # Errors
     /// `NotFound` or `Ambiguous`.
     pub fn resolve(&self, spec: &str, vm: Option<&VmName>) -> Result<PointId> {
-        let (points, damaged) = self.survey()?;
+        let Survey { points, damaged } = self.survey()?;
         let of_vm = |point: &&Point| vm.is_none_or(|vm| vm == &point.vm);
         let mut ids: Vec<PointId> =
             points.iter().filter(of_vm).map(|point| point.id.clone()).collect();
@@ -426,11 +432,11 @@ impl Repository {
     /// # Errors
     /// The store's.
     pub fn damaged_points(&self) -> Result<Vec<(PointId, Damage)>> {
-        Ok(self.survey()?.1)
+        Ok(self.survey()?.damaged)
     }
 
     /// All points, and those that are damaged, in one go: each listing of a far store is a journey.
-    fn survey(&self) -> Result<(Vec<Point>, Vec<(PointId, Damage)>)> {
+    fn survey(&self) -> Result<Survey> {
         let manifests = self.point_ids(names::POINTS)?;
         let receipts = self.point_ids(names::RECEIPTS)?;
         // After the listings, never before, as everywhere.
@@ -458,7 +464,7 @@ impl Repository {
                 },
             }
         }
-        Ok((points, damaged))
+        Ok(Survey { points, damaged })
     }
 
     fn point_ids(&self, prefix: &str) -> Result<BTreeSet<PointId>> {

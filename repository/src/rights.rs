@@ -26,6 +26,9 @@ use crate::writers::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Right {
+    /// Add points and read those, and nothing of anybody else's: what a host needs that backs up into
+    /// a repository with hosts that it does not trust.
+    Own,
     /// Read everything: restore, check, list.
     Read,
     /// And add points: what a host needs that backs up.
@@ -45,14 +48,14 @@ pub enum Act {
     Delete,
 }
 
-/// Whose announcement a writer's name stands under.
+/// Whose the writer or the point is that an object tells of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Owner {
     /// The one who asks.
     Own,
     /// Somebody else, or nobody knows.
     Other,
-    /// Nobody yet: the writer is not announced.
+    /// Nobody's, as far as is known.
     Nobody,
 }
 
@@ -63,8 +66,12 @@ pub enum Purpose {
     Config,
     /// The repository's key, sealed under one of those that open it.
     Key,
-    /// Packs, map runs, manifests, receipts: what a point is made of.
+    /// Packs and map runs: what points are made of, of several hosts perhaps.
     Data,
+    /// A point's manifest: what it is and where its data are.
+    Manifest(PointId),
+    /// A point's receipt.
+    Receipt(PointId),
     /// A writer's announcement.
     Announcement(WriterId),
     /// A writer's heartbeat.
@@ -96,6 +103,15 @@ impl Purpose {
             _ => None,
         }
     }
+
+    /// The point that this object is of.
+    #[must_use]
+    pub fn point(&self) -> Option<&PointId> {
+        match self {
+            Self::Manifest(point) | Self::Receipt(point) => Some(point),
+            _ => None,
+        }
+    }
 }
 
 fn known(name: &str) -> Option<Purpose> {
@@ -114,8 +130,11 @@ fn known(name: &str) -> Option<Purpose> {
         let run: RunId = in_its_folder(run)?.parse().ok()?;
         return (names::run(run).ok()?.as_str() == name).then_some(Purpose::Data);
     }
-    if let Some(point) = is_in(names::POINTS).or_else(|| is_in(names::RECEIPTS)) {
-        return point.parse::<PointId>().is_ok().then_some(Purpose::Data);
+    if let Some(point) = is_in(names::POINTS) {
+        return point.parse().ok().map(Purpose::Manifest);
+    }
+    if let Some(point) = is_in(names::RECEIPTS) {
+        return point.parse().ok().map(Purpose::Receipt);
     }
     if let Some(writer) = is_in(WRITERS) {
         return writer.parse().ok().map(Purpose::Announcement);
@@ -146,16 +165,29 @@ fn in_its_folder(rest: &str) -> Option<&str> {
 pub type Refusal = &'static str;
 
 /// Whether a client with this right may do this to an object of this purpose. `owner` is whose
-/// writer it concerns, where it concerns one.
+/// writer or point it concerns, where it concerns one.
+///
+/// Who reads his own alone may read data by name: a name of a pack or map is 128 random bits, and only
+/// manifests, maps and listings tell it. So a server shows him no listing of data.
 ///
 /// # Errors
 /// The reason, in words.
 pub fn may(right: Right, act: Act, purpose: &Purpose, owner: Owner) -> Result<(), Refusal> {
     match (right, act) {
-        (Right::Administer, _) | (_, Act::Read) => Ok(()),
+        (Right::Administer, _) | (Right::Read | Right::Append, Act::Read) => Ok(()),
+        (Right::Own, Act::Read) => may_see(purpose, owner),
         (Right::Read, Act::Create | Act::Delete) => Err("this token may only read"),
-        (Right::Append, Act::Create) => may_append(purpose, owner),
-        (Right::Append, Act::Delete) => may_take_back(purpose, owner),
+        (Right::Own | Right::Append, Act::Create) => may_append(purpose, owner),
+        (Right::Own | Right::Append, Act::Delete) => may_take_back(purpose, owner),
+    }
+}
+
+fn may_see(purpose: &Purpose, owner: Owner) -> Result<(), Refusal> {
+    match purpose {
+        Purpose::Manifest(_) | Purpose::Receipt(_) if owner != Owner::Own => {
+            Err("that point was written with another token")
+        }
+        _ => Ok(()),
     }
 }
 
@@ -165,7 +197,14 @@ fn may_append(purpose: &Purpose, owner: Owner) -> Result<(), Refusal> {
         Purpose::Config | Purpose::Key | Purpose::Data | Purpose::DamageMark | Purpose::Reserve => {
             Ok(())
         }
-        Purpose::Announcement(_) if owner != Owner::Other => Ok(()),
+        Purpose::Announcement(_) | Purpose::Manifest(_) | Purpose::Receipt(_)
+            if owner != Owner::Other =>
+        {
+            Ok(())
+        }
+        Purpose::Manifest(_) | Purpose::Receipt(_) => {
+            Err("that point was begun with another token")
+        }
         Purpose::Heartbeat(_) if owner == Owner::Own => Ok(()),
         Purpose::Announcement(_) | Purpose::Heartbeat(_) => {
             Err("that writer was announced with another token")
@@ -214,8 +253,8 @@ mod tests {
             ("keys/main", YES, NO),
             (&format!("packs/ab/{HEX}"), YES, NO),
             (&format!("runs/ab/{HEX}"), YES, NO),
-            (&format!("points/{POINT}"), YES, NO),
-            (&format!("receipts/{POINT}"), YES, NO),
+            (&format!("points/{POINT}"), [true, false, true], NO),
+            (&format!("receipts/{POINT}"), [true, false, true], NO),
             (&format!("coordination/writers/{WRITER}"), [true, false, true], [true, false, false]),
             (
                 &format!("coordination/beats/{WRITER}.00000000000000000007"),
@@ -252,6 +291,12 @@ mod tests {
                 assert!(!may(Right::Read, Act::Create) && !may(Right::Read, Act::Delete));
                 assert!(may(Right::Administer, Act::Create) && may(Right::Administer, Act::Delete));
                 assert!([Right::Read, Right::Append].iter().all(|right| may(*right, Act::Read)));
+                let is_of_point = purpose.point().is_some();
+                let sees = !is_of_point || owner == Owner::Own;
+                assert_eq!(may(Right::Own, Act::Read), sees, "{name} {owner:?}");
+                for act in [Act::Create, Act::Delete] {
+                    assert_eq!(may(Right::Own, act), may(Right::Append, act), "{name} {owner:?}");
+                }
             }
         }
     }

@@ -240,7 +240,7 @@ fn maps_and_tables_are_fetched_once_and_what_is_kept_is_never_believed() -> Resu
 }
 
 /// Requests until the first byte of an exported point; each is a journey.
-const FIRST_BYTE_REQUESTS_MAX: usize = 24;
+const FIRST_BYTE_REQUESTS_MAX: usize = 20;
 /// A journey within a country.
 const JOURNEY: Duration = Duration::from_millis(15);
 /// What a user waits for the first byte.

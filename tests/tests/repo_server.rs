@@ -4,8 +4,10 @@
 use std::process::Command;
 use std::time::Duration;
 
+use serde_json::json;
+
 use icecore_tests::{
-    RepoServer, Result, VmSpec, acceptance, icecore_binary, require_mode, run, wait_until,
+    RepoServer, Result, VmSpec, acceptance, icecore_binary, require_mode, run, text, wait_until,
 };
 
 #[test]
@@ -47,6 +49,40 @@ fn hosts_add_to_a_repository_server_and_only_its_keeper_deletes() -> Result<()> 
     assert_eq!(reader.points()?.len(), 3);
     reader.check()?;
     reader.restore_all(&third, &reader.path("third"))?;
+    Ok(())
+}
+
+#[test]
+fn hosts_that_see_their_own_points_share_a_repository_and_learn_nothing_of_others() -> Result<()> {
+    let server = RepoServer::start(&icecore_binary()?)?;
+    let one = server.user("one", "own", "main")?;
+    let two = server.user("two", "own", "main")?;
+    let admin = server.user("admin", "administer", "main")?;
+    one.init_repository()?;
+    let (vm_one, vm_two) = (VmSpec::start_noisy("one")?, VmSpec::start_noisy("two")?);
+    let first = one.prove_next_point(&vm_one)?;
+    let theirs = two.prove_next_point(&vm_two)?;
+    vm_one.renew_noise(7)?;
+    let second = one.prove_next_point(&vm_one)?;
+    require_mode(&second, "large", "incremental")?;
+    assert_eq!(one.points()?.len(), 2);
+    assert_eq!(two.points()?.len(), 1);
+    for user in [&one, &two] {
+        user.check()?;
+    }
+    let taken = two.path("taken");
+    std::fs::create_dir_all(&taken)?;
+    let restore = two.on_repository("restore").arg(text(&first, "point")?).arg("--to").arg(&taken);
+    let unknown = restore.outcome()?;
+    assert!(matches!(unknown.status, Some(1 | 2)), "{unknown:?}");
+    let shown = two.word_on_repository("repo", "info").json()?;
+    assert_eq!((&shown["points"], &shown["packs"]), (&json!(1), &json!(0)), "{shown}");
+    assert_eq!(admin.points()?.len(), 3);
+    admin.word_on_repository("point", "delete").arg(text(&first, "point")?).succeed()?;
+    admin.on_repository("gc").succeed()?;
+    admin.check()?;
+    one.restore_all(text(&second, "point")?, &one.path("second"))?;
+    two.restore_all(text(&theirs, "point")?, &two.path("theirs"))?;
     Ok(())
 }
 

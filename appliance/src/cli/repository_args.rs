@@ -158,7 +158,9 @@ pub enum RepoTokenCommand {
 /// What a token allows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum RightArg {
-    /// Restore, check, list
+    /// Add points and see those alone; delete nothing
+    Own,
+    /// See all points: restore, check, list
     Read,
     /// And add points; delete nothing
     Append,
@@ -169,6 +171,7 @@ pub enum RightArg {
 impl From<RightArg> for Right {
     fn from(right: RightArg) -> Self {
         match right {
+            RightArg::Own => Self::Own,
             RightArg::Read => Self::Read,
             RightArg::Append => Self::Append,
             RightArg::Administer => Self::Administer,

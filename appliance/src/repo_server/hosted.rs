@@ -1,12 +1,12 @@
 //! One repository on this server: the directory store, and what clients may do to it.
 
 use std::collections::{BTreeSet, HashMap};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use icecore_repository::WriterId;
 use icecore_repository::rights::{Act, Owner, Purpose, Right, may};
 use icecore_repository::store::{
     Access, DirectoryStore, ObjectEntry, ObjectName, ObjectWriter, Store as _,
@@ -22,7 +22,7 @@ const UPLOADS_MAX: usize = 64;
 pub const UPLOAD_IDLE_MAX: Duration = Duration::from_secs(600);
 /// Lines of a listing in one answer.
 pub const LISTING_MAX: usize = 10_000;
-/// Who announced which writer. No object's name begins with a dot.
+/// Who announced which writer, and wrote which point. No object's name begins with a dot.
 const OWNERS: &str = ".owners";
 
 /// A repository that is served.
@@ -66,6 +66,12 @@ impl Drop for Upload {
     }
 }
 
+/// Where it is noted whose writer or point this object is of.
+fn owner_file(purpose: &Purpose) -> Option<String> {
+    let of_writer = purpose.writer().map(|writer| writer.as_str().to_owned());
+    of_writer.or_else(|| purpose.point().map(|point| format!("point.{point}")))
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -94,41 +100,86 @@ impl Hosted {
     /// Refuses what the client may not do to an object.
     fn judge(&self, client: &Client, act: Act, name: &ObjectName) -> Result<(), Denied> {
         let purpose = Purpose::of(name);
-        let owner = purpose.writer().map_or(Owner::Nobody, |writer| self.owner(client, writer));
+        let owner = self.owner(client, &purpose);
         may(client.right, act, &purpose, owner).map_err(|why| {
             tracing::warn!(client = client.name, object = %name, ?act, "refused: {why}");
             Denied::forbidden(why)
         })
     }
 
-    fn owner(&self, client: &Client, writer: &WriterId) -> Owner {
-        match std::fs::read_to_string(self.owners.join(writer.as_str())) {
+    fn owner(&self, client: &Client, purpose: &Purpose) -> Owner {
+        let Some(file) = owner_file(purpose) else { return Owner::Nobody };
+        match std::fs::read_to_string(self.owners.join(file)) {
             Ok(owner) if owner == client.name => Owner::Own,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Owner::Nobody,
             _ => Owner::Other,
         }
     }
 
-    /// Notes whose writer it is, before anybody can see its announcement. Lost in a power cut, it
-    /// only keeps the client from taking the announcement back: the next gc does.
+    /// Notes whose writer or point it is, before anybody can see it. Lost in a power cut, it only
+    /// keeps the client from taking its announcement back (the next gc does), and a token that reads
+    /// its own points from reading this one.
     fn claim(&self, client: &Client, name: &ObjectName) -> Result<(), Denied> {
-        let Purpose::Announcement(writer) = Purpose::of(name) else { return Ok(()) };
-        let claim = || -> std::io::Result<()> {
+        let Some(file) = owner_file(&Purpose::of(name)) else { return Ok(()) };
+        let path = self.owners.join(file);
+        let claim = || -> std::io::Result<String> {
             if !self.owners.is_dir() {
                 crate::state::make_private_dir(&self.owners)?;
             }
-            std::fs::write(self.owners.join(writer.as_str()), &client.name)
+            // Whoever was first stays: a point is not claimed while another uploads it.
+            let mut new = std::fs::OpenOptions::new();
+            match new.write(true).create_new(true).open(&path) {
+                Ok(mut file) => {
+                    file.write_all(client.name.as_bytes()).map(|()| client.name.clone())
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
+                    std::fs::read_to_string(&path)
+                }
+                Err(e) => Err(e),
+            }
         };
-        claim().map_err(|e| Denied::internal(format!("the owner of a writer was not noted: {e}")))
+        let owner =
+            claim().map_err(|e| Denied::internal(format!("an owner was not noted: {e}")))?;
+        if owner == client.name || client.right == Right::Administer {
+            return Ok(());
+        }
+        Err(Denied::forbidden("another token has begun to write this"))
+    }
+
+    /// Whether a client may see an object: to others than those who read their own all is to be
+    /// seen. To those it is as if there were no other points, and no list of data: packs and maps
+    /// have random names, which only manifests and maps tell.
+    fn shows(&self, client: &Client, name: &ObjectName) -> bool {
+        let purpose = Purpose::of(name);
+        may(client.right, Act::Read, &purpose, self.owner(client, &purpose)).is_ok()
+    }
+
+    fn require_shown(&self, client: &Client, name: &ObjectName) -> Result<(), Denied> {
+        if self.shows(client, name) {
+            return Ok(());
+        }
+        // What one may not see one does not even learn to be there.
+        use icecore_repository::store::{StoreError, StoreErrorKind};
+        let (kind, location) = (StoreErrorKind::NotFound, self.store.location());
+        let why = "there is no object of that name";
+        Err(StoreError::new(kind, "read", name.as_str(), location, why).into())
     }
 
     /// The length of an object.
-    pub fn bytes(&self, name: &ObjectName) -> Result<u64, Denied> {
+    pub fn bytes(&self, client: &Client, name: &ObjectName) -> Result<u64, Denied> {
+        self.require_shown(client, name)?;
         Ok(self.store.len(name)?)
     }
 
     /// Bytes of an object from `offset` on.
-    pub fn read(&self, name: &ObjectName, offset: u64, bytes: usize) -> Result<Vec<u8>, Denied> {
+    pub fn read(
+        &self,
+        client: &Client,
+        name: &ObjectName,
+        offset: u64,
+        bytes: usize,
+    ) -> Result<Vec<u8>, Denied> {
+        self.require_shown(client, name)?;
         let mut content = vec![0; bytes];
         self.store.read_exact(name, offset, &mut content)?;
         Ok(content)
@@ -137,10 +188,15 @@ impl Hosted {
     /// Objects below a prefix that come after a name, and whether there are more.
     pub fn list(
         &self,
+        client: &Client,
         prefix: &str,
         after: Option<&ObjectName>,
     ) -> Result<(Vec<ObjectEntry>, bool), Denied> {
         let mut entries = self.store.list(prefix)?;
+        if client.right == Right::Own {
+            let is_data = |name: &ObjectName| Purpose::of(name) == Purpose::Data;
+            entries.retain(|entry| !is_data(&entry.name) && self.shows(client, &entry.name));
+        }
         let begin = after.map_or(0, |after| entries.partition_point(|entry| entry.name <= *after));
         entries.drain(..begin);
         let more = entries.len() > LISTING_MAX;
@@ -153,8 +209,11 @@ impl Hosted {
         Ok(self.store.settle(prefix)?)
     }
 
-    /// Unfinished objects.
-    pub fn leftovers(&self) -> Result<Vec<String>, Denied> {
+    /// Unfinished objects; whose they are is not known, so who sees his own alone sees none.
+    pub fn leftovers(&self, client: &Client) -> Result<Vec<String>, Denied> {
+        if client.right == Right::Own {
+            return Ok(Vec::new());
+        }
         Ok(self.store.leftovers()?)
     }
 
@@ -182,9 +241,11 @@ impl Hosted {
         });
         drop(deleting);
         for name in names {
-            if let Purpose::Announcement(writer) = Purpose::of(name) {
-                // One that stays is a few bytes, and of a writer that never comes again.
-                let _ = std::fs::remove_file(self.owners.join(writer.as_str()));
+            let purpose = Purpose::of(name);
+            let goes = matches!(purpose, Purpose::Announcement(_) | Purpose::Manifest(_));
+            if let Some(file) = owner_file(&purpose).filter(|_| goes) {
+                // One that stays is a few bytes, and of a writer or point that never comes again.
+                let _ = std::fs::remove_file(self.owners.join(file));
             }
         }
         Ok(())
@@ -348,9 +409,9 @@ mod tests {
         assert!(hosted.finish(&host, &id, 12).is_err());
         hosted.finish(&host, &id, 11).unwrap();
         hosted.finish(&host, &id, 11).unwrap();
-        assert_eq!(hosted.read(&name(PACK), 0, 11).unwrap(), b"hello world");
+        assert_eq!(hosted.read(&host, &name(PACK), 0, 11).unwrap(), b"hello world");
         hosted.abandon(&host, &id).unwrap();
-        assert_eq!(hosted.bytes(&name(PACK)).unwrap(), 11);
+        assert_eq!(hosted.bytes(&host, &name(PACK)).unwrap(), 11);
         assert!(hosted.begin(&host, &name(PACK)).is_err());
     }
 
@@ -363,13 +424,13 @@ mod tests {
         assert!(hosted.append(&two, &id, 0, b"x", None).is_err());
         assert!(hosted.abandon(&two, &id).is_err());
         hosted.append(&one, &id, 0, b"x", None).unwrap();
-        assert_eq!(hosted.leftovers().unwrap().len(), 1);
-        assert!(hosted.remove_leftovers(&one, &hosted.leftovers().unwrap()).is_err());
+        assert_eq!(hosted.leftovers(&one).unwrap().len(), 1);
+        assert!(hosted.remove_leftovers(&one, &hosted.leftovers(&one).unwrap()).is_err());
         hosted.forget_idle(UPLOAD_IDLE_MAX);
         hosted.append(&one, &id, 1, b"y", None).unwrap();
         hosted.forget_idle(Duration::ZERO);
         assert!(hosted.append(&one, &id, 2, b"z", None).is_err());
-        assert!(hosted.leftovers().unwrap().is_empty());
+        assert!(hosted.leftovers(&one).unwrap().is_empty());
         let uploads: Vec<_> = (0..UPLOADS_MAX)
             .map(|n| hosted.begin(&one, &name(&format!("packs/ab/ab{n:030x}"))).unwrap())
             .collect();
@@ -391,10 +452,48 @@ mod tests {
         put(&hosted, &one, beat, b"").unwrap();
         put(&hosted, &one, PACK, b"data").unwrap();
         assert!(hosted.delete(&one, &[name(beat), name(PACK)]).is_err());
-        assert!(hosted.bytes(&name(beat)).is_ok(), "all of a request is allowed, or nothing");
+        assert!(hosted.bytes(&one, &name(beat)).is_ok(), "all of a request is allowed, or nothing");
         hosted.delete(&one, &[name(beat), name(WRITER)]).unwrap();
-        assert_eq!(hosted.list("coordination/", None).unwrap().0, []);
+        assert_eq!(hosted.list(&one, "coordination/", None).unwrap().0, []);
         hosted.delete(&client("keeper", Right::Administer), &[name(PACK)]).unwrap();
+    }
+
+    #[test]
+    fn who_sees_his_own_points_sees_no_others_and_no_list_of_data() {
+        let dir = tempfile::tempdir().unwrap();
+        let hosted = Hosted::make(dir.path()).unwrap();
+        let (one, two) = (client("one", Right::Own), client("two", Right::Own));
+        let reader = client("reader", Right::Read);
+        let (mine, theirs) = ("points/0123456789abcd", "points/0123456789abce");
+        put(&hosted, &one, PACK, b"data").unwrap();
+        put(&hosted, &one, mine, b"mine").unwrap();
+        put(&hosted, &two, theirs, b"theirs").unwrap();
+        assert!(put(&hosted, &two, "receipts/0123456789abcd", b"x").is_err(), "not their point");
+        put(&hosted, &one, "receipts/0123456789abcd", b"x").unwrap();
+        let listed =
+            |client: &Client, prefix: &str| hosted.list(client, prefix, None).unwrap().0.len();
+        let counts =
+            |client| [listed(client, "points/"), listed(client, "packs/"), listed(client, "")];
+        assert_eq!(
+            [counts(&one), counts(&two), counts(&reader)],
+            [[1, 0, 2], [1, 0, 1], [2, 1, 4]]
+        );
+        for (client, name_of, sees) in [
+            (&one, mine, true),
+            (&one, theirs, false),
+            (&two, mine, false),
+            (&two, "receipts/0123456789abcd", false),
+            (&two, PACK, true),
+            (&reader, theirs, true),
+        ] {
+            let name = name(name_of);
+            assert_eq!(hosted.bytes(client, &name).is_ok(), sees, "{client:?} {name_of}");
+            assert_eq!(hosted.read(client, &name, 0, 1).is_ok(), sees, "{client:?} {name_of}");
+        }
+        // Of a point that another is still writing nobody becomes the owner.
+        let begun = name("points/0123456789abcf");
+        hosted.begin(&one, &begun).unwrap();
+        assert!(hosted.begin(&two, &begun).is_err());
     }
 
     #[test]

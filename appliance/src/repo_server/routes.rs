@@ -138,7 +138,7 @@ struct OfObject {
 
 async fn look(asker: Asker, Path(of): Path<OfObject>) -> Result<Response, Denied> {
     let name = object(of.name)?;
-    let bytes = blocking(move || asker.hosted.bytes(&name)).await?;
+    let bytes = blocking(move || asker.hosted.bytes(&asker.client, &name)).await?;
     Ok(([(HeaderName::from_static(BYTES_HEADER), HeaderValue::from(bytes))], ()).into_response())
 }
 
@@ -147,20 +147,21 @@ async fn read(
     Path(of): Path<OfObject>,
     headers: HeaderMap,
 ) -> Result<Response, Denied> {
-    let (name, hosted) = (object(of.name)?, asker.hosted);
-    let (looked, its) = (Arc::clone(&hosted), name.clone());
-    let total = blocking(move || looked.bytes(&its)).await?;
+    let (name, asker) = (object(of.name)?, Arc::new(asker));
+    let (looking, its) = (Arc::clone(&asker), name.clone());
+    let total = blocking(move || looking.hosted.bytes(&looking.client, &its)).await?;
     let range = headers.get(header::RANGE).map(|value| parse_range(value, total)).transpose()?;
     let status = if range.is_some() { StatusCode::PARTIAL_CONTENT } else { StatusCode::OK };
     let (begin, end) = range.unwrap_or((0, total));
     let pieces = stream::try_unfold(begin, move |at| {
-        let (hosted, name) = (Arc::clone(&hosted), name.clone());
+        let (asker, name) = (Arc::clone(&asker), name.clone());
         async move {
             let bytes = usize::try_from(end - at).unwrap_or(usize::MAX).min(PIECE_BYTES);
             if bytes == 0 {
                 return Ok(None);
             }
-            let piece = blocking(move || hosted.read(&name, at, bytes)).await;
+            let read = move || asker.hosted.read(&asker.client, &name, at, bytes);
+            let piece = blocking(read).await;
             // The connection is cut: half an object never looks like a whole one.
             let piece = piece.map_err(|denied| std::io::Error::other(format!("{denied:?}")))?;
             Ok::<_, std::io::Error>(Some((Bytes::from(piece), at + bytes as u64)))
@@ -337,7 +338,8 @@ struct List {
 async fn list(asker: Asker, Query(asked): Query<List>) -> Result<Json<Listing>, Denied> {
     let prefix = prefix(asked.prefix)?;
     let after = asked.after.map(object).transpose()?;
-    let (entries, more) = blocking(move || asker.hosted.list(&prefix, after.as_ref())).await?;
+    let list = move || asker.hosted.list(&asker.client, &prefix, after.as_ref());
+    let (entries, more) = blocking(list).await?;
     let entries = entries.into_iter().map(|entry| (entry.name.to_string(), entry.bytes));
     Ok(Json(Listing { entries: entries.collect(), more }))
 }
@@ -369,7 +371,7 @@ async fn settle(asker: Asker, Query(asked): Query<Settle>) -> Result<StatusCode,
 }
 
 async fn leftovers(asker: Asker) -> Result<Json<Names>, Denied> {
-    let names = blocking(move || asker.hosted.leftovers()).await?;
+    let names = blocking(move || asker.hosted.leftovers(&asker.client)).await?;
     Ok(Json(Names { names }))
 }
 
