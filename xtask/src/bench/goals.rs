@@ -89,7 +89,8 @@ fn of_guest(table: &guest::Table) -> Vec<Goal> {
 fn of_stores(table: &Table) -> Vec<Goal> {
     let ratio = |(own, raw)| Some(table.wall(own)? / table.wall(raw)?);
     let one = |(own, raw)| goal(own, ratio((own, raw)), 1.25, 1.0);
-    stores::ratios().map(one).collect()
+    let first = |row| goal(row, table.wall(row), 1.0, 0.5);
+    stores::ratios().map(one).chain(stores::first_bytes().map(first)).collect()
 }
 
 const fn goal(what: &'static str, found: Option<f64>, must: f64, aim: f64) -> Goal {

@@ -13,7 +13,7 @@ use super::measure::{Children, Sample};
 use crate::object_stores;
 use crate::step::{Failure, Result, captured, program};
 
-/// The servers, and what their four rows are called.
+/// The servers, and what their rows are called.
 const SERVERS: [(ObjectServer, Rows); 2] = [
     (
         ObjectServer::Rclone,
@@ -22,6 +22,7 @@ const SERVERS: [(ObjectServer, Rows); 2] = [
             full: "s3: icecore full to rclone",
             get: "s3: curl gets the packs from rclone",
             restore: "s3: icecore restore from rclone to null",
+            first_byte: "s3: first MiB of a point exported from rclone",
         },
     ),
     (
@@ -31,6 +32,7 @@ const SERVERS: [(ObjectServer, Rows); 2] = [
             full: "s3: icecore full to radosgw",
             get: "s3: curl gets the packs from radosgw",
             restore: "s3: icecore restore from radosgw to null",
+            first_byte: "s3: first MiB of a point exported from radosgw",
         },
     ),
 ];
@@ -40,17 +42,36 @@ const PART: u64 = 8;
 const TRANSFERS: &str = "4";
 const BUCKET: &str = "bench";
 
+/// Runs what follows its first two arguments, a socket and an offset, and reads there.
+const FIRST_BYTE: &str = r#"socket=$1; at=$2; shift 2; "$@" & export=$!
+while [ ! -S "$socket" ]; do kill -0 $export || exit 1; sleep 0.005; done
+qemu-io -r -c "read $at 1M" --image-opts \
+    "driver=nbd,server.type=unix,server.path=$socket,export=vda"; read=$?
+kill -TERM $export; wait $export; exit $read"#;
+
 #[derive(Clone, Copy)]
 struct Rows {
     put: &'static str,
     full: &'static str,
     get: &'static str,
     restore: &'static str,
+    first_byte: &'static str,
+}
+
+impl Rows {
+    const fn all(&self) -> [&'static str; 5] {
+        [self.put, self.full, self.get, self.restore, self.first_byte]
+    }
 }
 
 /// All rows.
 pub fn rows() -> impl Iterator<Item = &'static str> {
-    SERVERS.iter().flat_map(|(_, rows)| [rows.put, rows.full, rows.get, rows.restore])
+    SERVERS.iter().flat_map(|(_, rows)| rows.all())
+}
+
+/// Time from the start of an export to the first byte that a client has read.
+pub fn first_bytes() -> impl Iterator<Item = &'static str> {
+    SERVERS.iter().map(|(_, rows)| rows.first_byte)
 }
 
 /// Time of Icecore by that of curl, to and from each server: how much of the server's own
@@ -64,7 +85,7 @@ pub fn rounds(bench: &mut Bench, rounds: u32) {
     object_stores::provision();
     let Some((image, packs)) = bench.prepare("s3: packs", packs) else { return };
     for (server, names) in SERVERS {
-        if !bench.wants([names.put, names.full, names.get, names.restore]) {
+        if !bench.wants(names.all()) {
             continue;
         }
         let started = bench.prepare(names.put, |_| {
@@ -78,6 +99,7 @@ pub fn rounds(bench: &mut Bench, rounds: u32) {
             bench.row(names.put, |lab| site.curl(lab, &packs, "upload-file"));
             bench.row(names.get, |lab| site.curl(lab, &packs, "output"));
             bench.row(names.restore, |lab| site.restore(lab));
+            bench.row(names.first_byte, |lab| site.first_byte(lab));
         }
     }
 }
@@ -131,6 +153,20 @@ impl Site<'_> {
         command.arg("--to").arg(super::server::uri(&socket, "")).args(["--repo", &self.address]);
         command.envs(self.store.environment());
         lab.measure(command, Children::Client, Some(null.pid()), None)
+    }
+
+    /// From the start of `icecore export` until a client has read a MiB of the middle, and its end.
+    fn first_byte(&self, lab: &Lab) -> Result<Sample> {
+        let socket = lab.path("point.sock");
+        let _ = std::fs::remove_file(&socket);
+        let export = lab.icecore(&["export", "latest", "--disk", "vda"]);
+        let mut command = program("sh");
+        command.args(["-c", FIRST_BYTE, "sh"]).arg(&socket).arg((lab.size / PART / 2).to_string());
+        command.arg(export.get_program()).args(export.get_args());
+        command.args(["--repo", &self.address, "--socket"]).arg(&socket);
+        command.env_remove("ICECORE_REPO").env_remove("ICECORE_CACHE_DIR");
+        command.envs(self.store.environment());
+        lab.measure(command, Children::Client, None, None)
     }
 
     /// The packs as objects of their own: sent from their files, or fetched to nowhere.
