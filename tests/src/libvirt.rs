@@ -127,6 +127,16 @@ impl Libvirt {
 
     /// The same with these devices beside the disks and the guest's shell.
     pub fn define_with(&self, name: &str, devices: &str) -> Result<Domain<'_>> {
+        self.define_edited(name, devices, |xml| xml)
+    }
+
+    /// The same with its XML changed by `edit`.
+    pub fn define_edited(
+        &self,
+        name: &str,
+        devices: &str,
+        edit: impl FnOnce(String) -> String,
+    ) -> Result<Domain<'_>> {
         for (disk, size) in [("vda", "192M"), ("vdb", "64M")] {
             let image = self.path(&format!("{name}-{disk}.qcow2"));
             run(Command::new("qemu-img")
@@ -163,7 +173,7 @@ impl Libvirt {
             self.path(&format!("{name}.sh")).display(),
         );
         let file = self.path(&format!("{name}.xml"));
-        std::fs::write(&file, xml)?;
+        std::fs::write(&file, edit(xml))?;
         self.virsh(&["define", &file.to_string_lossy()])?;
         Ok(Domain { libvirt: self, name: name.to_owned() })
     }

@@ -1,11 +1,14 @@
 //! Domains of a real libvirt, captured as a bare QEMU is, through libvirt's monitor passthrough.
 
-use std::path::PathBuf;
+use std::ffi::OsStr;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use icecore_tests::{
-    Domain, Icecore, Libvirt, MIB, Result, Run, Shell, Started, count, of_disk, prove_backup,
-    require_mode, wait_until, write_vdb,
+    AGENT_CHANNEL, Domain, Icecore, Libvirt, MIB, Qemu, Result, Run, Shell, Started, count,
+    of_disk, prove_backup, require_mode, wait_until, write_vdb,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -67,6 +70,7 @@ fn a_domain_is_captured_through_libvirts_monitor() -> Result<()> {
     assert_eq!(first["consistency"]["level"], "filesystem", "{first}");
     require_mode(&first, "vda", "full")?;
     require_clean(&domain, &mut shell)?;
+    the_bitmaps_are_shown(&icecore, &libvirt)?;
     write_vdb(&mut shell, 12, 2)?;
     let (next, _) = prove_next(&icecore, &domain)?;
     require_mode(&next, "vda", "incremental")?;
@@ -79,6 +83,55 @@ fn a_domain_is_captured_through_libvirts_monitor() -> Result<()> {
     others_come_first(&icecore, &libvirt, &domain, &mut shell)?;
     let mut shell = off_and_back(&icecore, &domain, shell)?;
     a_job_that_begins_ends_the_backup(&icecore, &libvirt, &domain, &mut shell)
+}
+
+fn the_bitmaps_are_shown(icecore: &Icecore, libvirt: &Libvirt) -> Result<()> {
+    let show = icecore.command("vm").args(["show", "--json", "--capture", "direct", "--libvirt"]);
+    let shown = show.arg(libvirt.uri()).arg("one").json()?;
+    for disk in shown["disks"].as_array().into_iter().flatten() {
+        assert_eq!(disk["bitmaps"][0]["health"], "ok", "{shown}");
+    }
+    assert_eq!(shown["disks"].as_array().map(Vec::len), Some(2), "{shown}");
+    Ok(())
+}
+
+/// libvirt's own form would end such a QEMU, and is refused.
+#[test]
+fn a_disk_in_an_iothread_of_an_old_qemu_is_pushed() -> Result<()> {
+    let libvirt = Libvirt::start()?;
+    let emulator = old_qemu(&libvirt.path("qemu"))?;
+    let edit = |xml: String| {
+        xml.replace("/usr/bin/qemu-system-x86_64", &emulator)
+            .replace("</vcpu>", "</vcpu><iothreads>1</iothreads>")
+            .replace("type='qcow2'/>", "type='qcow2' iothread='1'/>")
+    };
+    let domain = libvirt.define_edited("old", AGENT_CHANNEL, edit)?;
+    let mut shell = domain.boot()?;
+    let icecore = Icecore::new()?;
+    write_vdb(&mut shell, 0, 8)?;
+    let refused = domain.icecore(&icecore, "backup").outcome()?;
+    assert!(refused.status != Some(0) && refused.stderr.contains("iothread"), "{refused:?}");
+    let (first, _) = prove_next(&icecore, &domain)?;
+    assert_eq!(first["consistency"]["level"], "filesystem", "{first}");
+    write_vdb(&mut shell, 12, 2)?;
+    let (next, _) = prove_next(&icecore, &domain)?;
+    require_mode(&next, "vdb", "incremental")?;
+    assert!(nodes(&domain)?.is_empty());
+    shell.run("touch /mnt/vda/alive && sync").map(drop)
+}
+
+/// A program at `path` that is QEMU 7.2.
+fn old_qemu(path: &Path) -> Result<String> {
+    let command = Qemu::V7_2.command()?;
+    let text = |text: &OsStr| format!("'{}'", text.to_string_lossy());
+    let variables = command
+        .get_envs()
+        .filter_map(|(name, value)| Some(format!("{}={}", name.to_string_lossy(), text(value?))));
+    let words = std::iter::once(command.get_program()).chain(command.get_args()).map(text);
+    let line: Vec<String> = variables.chain(words).collect();
+    std::fs::write(path, format!("#!/bin/sh\nexec env {} \"$@\"\n", line.join(" ")))?;
+    std::fs::set_permissions(path, Permissions::from_mode(0o755))?;
+    Ok(path.to_string_lossy().into_owned())
 }
 
 /// The guardian takes the graph out.

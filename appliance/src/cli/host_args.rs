@@ -67,7 +67,7 @@ pub enum HookCommand {
     #[command(after_help = "Example:\n  icecore hook install")]
     Install {
         /// libvirt's folder of hooks
-        #[arg(long, value_name = "DIR", default_value = "/etc/libvirt/hooks/qemu.d")]
+        #[arg(long, value_name = "DIR", default_value = crate::hook::FOLDER)]
         dir: PathBuf,
     },
     /// What libvirt runs, with the domain's XML on stdin; never fails

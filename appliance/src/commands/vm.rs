@@ -170,7 +170,15 @@ async fn show(context: &Context, args: &VmArgs, repo: Option<&str>) -> Outcome<u
                 leftovers: seen.leftovers.iter().map(ToString::to_string).collect(),
             }
         }
-        Reach::Libvirt(domain) => detail_of_domain(row, domain, &tried)?,
+        Reach::Libvirt(domain) => {
+            let detail = detail_of_domain(row, domain, &tried)?;
+            match vm.capture {
+                CaptureForm::Direct if detail.running => {
+                    seen_directly(context, detail, domain, &tried).await?
+                }
+                CaptureForm::Direct | CaptureForm::Job => detail,
+            }
+        }
         Reach::Images(images) => VmDetail {
             row,
             running: false,
@@ -210,6 +218,31 @@ fn detail_of_domain(row: VmRow, domain: &Domain, tried: &str) -> Outcome<VmDetai
         unprotected: devices.map(|(disk, why)| crate::report::Unprotected { disk, why }).collect(),
         leftovers: Vec::new(),
     })
+}
+
+/// Adds what a domain that is captured directly has in its QEMU.
+async fn seen_directly(
+    context: &Context,
+    mut detail: VmDetail,
+    domain: &Domain,
+    tried: &str,
+) -> Outcome<VmDetail> {
+    let description = domain.describe(tried)?;
+    let guardian = target::guard_domain(context, domain, false, tried).await?;
+    let seen = guardian.inspect().await.map_err(|e| failure(tried, e))?;
+    detail.leftovers = seen.leftovers.iter().map(ToString::to_string).collect();
+    for disk in &mut detail.disks {
+        let known = description.disks.iter().find(|known| known.target == disk.disk);
+        let alias = known.and_then(|known| known.alias.as_ref());
+        let found = seen.inventory.disks.iter().find(|found| Some(&found.id) == alias);
+        let bitmaps = found.into_iter().flat_map(|found| &found.bitmaps);
+        // libvirt's own are checkpoints.
+        let ours = bitmaps.filter(|bitmap| bitmap.name.parse::<BitmapName>().is_ok());
+        let ours =
+            ours.map(|b| bitmap(&b.name, b.granularity_bytes, Some(b.dirty_bytes), health(b)));
+        disk.bitmaps.extend(ours);
+    }
+    Ok(detail)
 }
 
 fn bitmap_of_checkpoint(

@@ -10,6 +10,11 @@ use crate::state::State;
 const NAME: &str = "icecore";
 const MARK: &str = "# Installed by 'icecore hook install'; removed with it.";
 
+/// Whether this host's libvirt finds our script where it looks by itself.
+pub fn is_installed() -> bool {
+    Path::new(super::FOLDER).join(NAME).exists()
+}
+
 /// Writes the script; one that is not ours is refused.
 pub fn install(state: &State, dir: &Path) -> Outcome<PathBuf> {
     let path = dir.join(NAME);

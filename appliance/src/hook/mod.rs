@@ -13,11 +13,13 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 pub use event::Event;
-pub use install::install;
+pub use install::{install, is_installed};
 pub use register::{Known, all};
 
 use crate::state::State;
 
+/// Where libvirt looks for hooks beside its own.
+pub const FOLDER: &str = "/etc/libvirt/hooks/qemu.d";
 /// After this it is gone, done or not: libvirt keeps the domain waiting meanwhile.
 const DEADLINE: Duration = Duration::from_millis(300);
 /// A domain's XML has some tens of KiB.

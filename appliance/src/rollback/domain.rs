@@ -8,6 +8,7 @@ use icecore_repository::PointDisk;
 use super::{Rollback, RolledBack};
 use crate::backup::Request as BackupRequest;
 use crate::failure::{Failure, Outcome};
+use crate::hook;
 use crate::image::RunDir;
 use crate::libvirt::half_written::{self, HalfWritten};
 use crate::libvirt::warden::WardenClient;
@@ -46,6 +47,13 @@ impl Rollback<'_> {
         let (job, point) = (self.job.id(), self.point.id.to_string());
         let repository = &self.job.record.repository;
         self.mark = Some(HalfWritten::new(domain, job, &point, repository, restart));
+        if !hook::is_installed() {
+            tracing::warn!(
+                "libvirt's hook is not installed ('icecore hook install'): should this run be cut \
+                 off, nothing keeps {} from starting half-written",
+                domain.name
+            );
+        }
         if ran {
             self.require_stoppable(domain)?;
             self.stop(domain, &warden, state)?;
