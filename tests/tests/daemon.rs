@@ -70,6 +70,34 @@ fn a_backup_is_accepted_followed_and_restored_through_the_daemon() -> Result<()>
 }
 
 #[test]
+fn points_are_copied_by_the_daemon() -> Result<()> {
+    let vm = bare("bare")?;
+    let icecore = Icecore::new()?;
+    let second = icecore.path("second");
+    icecore.command("repo").arg("init").arg(&second).succeed()?;
+    let more = format!("[repository.second]\nurl = '{}'\n", second.display());
+    let daemon = icecore.serve(&[&vm], &more)?;
+    let reference = vm.reference()?;
+    let taken = daemon.submit("/v1/vms/bare/backups", r#"{"repo":"main"}"#)?;
+    daemon.wait_for(&taken, "succeeded")?;
+    let copy = || icecore.through(&daemon, "copy").args(["--repo", "main", "--to", "second"]);
+    let copied = copy().arg("--all").json()?;
+    assert_eq!((&copied["copied"], &copied["failed"]), (&json!(1), &json!(0)), "{copied}");
+    let again = copy().args(["--vm", "bare"]).json()?;
+    assert_eq!((&again["copied"], &again["present"]), (&json!(0), &json!(1)), "{again}");
+    copy().arg("no-such-point").expect(2)?;
+    let restored = icecore.path("restored");
+    std::fs::create_dir(&restored)?;
+    let restore = icecore.command("restore").arg("latest").arg("--repo").arg(&second);
+    restore.arg("--to").arg(&restored).succeed()?;
+    reference.compare_all(&restored)?;
+    let job = daemon.submit("/v1/copy", r#"{"repo":"main","to":"second","point":"latest"}"#)?;
+    let done = daemon.wait_for(&job, "succeeded")?;
+    assert_eq!((&done["kind"], &done["result"]["present"]), (&json!("copy"), &json!(1)), "{done}");
+    Ok(())
+}
+
+#[test]
 fn a_cancelled_backup_leaves_nothing_and_a_waiting_one_never_begins() -> Result<()> {
     let vm = bare("bare")?;
     let icecore = Icecore::new()?;
@@ -258,6 +286,11 @@ fn what_can_be_refused_at_once_is_and_says_why() -> Result<()> {
         ("POST", "/v1/points/latest/restore", r#"{"to":"relative"}"#, 400),
         ("POST", "/v1/points/latest/restore", r#"{"to":"/tmp/x"}"#, 404),
         ("POST", "/v1/check", r#"{"sample":101}"#, 400),
+        ("POST", "/v1/copy", r#"{"all":true}"#, 400),
+        ("POST", "/v1/copy", r#"{"to":"main"}"#, 400),
+        ("POST", "/v1/copy", r#"{"to":"main","all":true,"vm":"bare"}"#, 400),
+        ("POST", "/v1/copy", r#"{"to":"nowhere","all":true}"#, 404),
+        ("POST", "/v1/copy", r#"{"to":"main","point":"--force"}"#, 400),
         ("GET", "/v1/jobs/none", "", 404),
         ("GET", "/v1/jobs/20250101000000-00000000", "", 404),
         ("GET", "/v1/jobs/..%2F..%2Fx/events", "", 404),

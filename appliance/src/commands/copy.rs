@@ -8,12 +8,14 @@ use std::time::Instant;
 use icecore_repository::{
     Compared, Copied, CopyProgress, DiskMode, Error, Point, PointId, Repository, VmName,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::point::find;
 use crate::cli::OK;
 use crate::cli::args::CopyArgs;
 use crate::context::Context;
+use crate::daemon::client::{self, Client};
+use crate::daemon::request::CopyBody;
 use crate::failure::{Failure, Outcome, Status};
 use crate::interrupt::Interrupt;
 use crate::job::Job;
@@ -24,7 +26,7 @@ use crate::state::JobKind;
 use crate::state::locks::LockKey;
 
 /// What `copy` prints.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct CopyReport {
     from: String,
     to: String,
@@ -40,7 +42,7 @@ struct CopyReport {
 }
 
 /// One point of the source.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct PointReport {
     point: String,
     vm: Option<String>,
@@ -50,7 +52,7 @@ struct PointReport {
     chain: Option<String>,
     parent: Option<String>,
     /// roots or blocks.
-    compared: Option<&'static str>,
+    compared: Option<String>,
     disks: Vec<DiskReport>,
     read_bytes: u64,
     new_bytes: u64,
@@ -61,7 +63,7 @@ struct PointReport {
     damage: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum CopyStatus {
     Copied,
@@ -69,7 +71,7 @@ enum CopyStatus {
     Failed,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct DiskReport {
     disk: String,
     mode: DiskMode,
@@ -82,8 +84,12 @@ struct DiskReport {
 pub async fn run(context: &Context, args: CopyArgs) -> Outcome<u8> {
     let tried = format!("copy points of {} to {}", args.repo.repo, args.to);
     if context.through_daemon {
-        return Err(Failure::usage(tried, "the daemon makes no copies")
-            .next("leave --daemon out: a copy runs beside the daemon's jobs"));
+        let repo = Some(client::repo(context, &args.repo.repo, &tried)?);
+        let to = client::repo(context, &args.to, &tried)?;
+        let CopyArgs { point, vm, all, .. } = args;
+        let body = CopyBody { repo, to, point, vm, all };
+        let show = |context: &Context, report: CopyReport| print(context, &report);
+        return Client::new(context, tried).run("/v1/copy", &body, show).await;
     }
     let interrupt = Interrupt::listen()?;
     let from = context.open_read_only(&args.repo.repo)?;
@@ -251,8 +257,8 @@ impl PointReport {
             chain: Some(copy.chain.to_string()),
             parent: copy.parent.as_ref().map(ToString::to_string),
             compared: Some(match copied.compared {
-                Compared::Roots => "roots",
-                Compared::Blocks => "blocks",
+                Compared::Roots => "roots".to_owned(),
+                Compared::Blocks => "blocks".to_owned(),
             }),
             disks: copied.disks.iter().map(disk).collect(),
             read_bytes: copied.disks.iter().map(|disk| disk.read_bytes).sum(),

@@ -52,6 +52,7 @@ fn documented() -> (Router<Arc<Supervisor>>, utoipa::openapi::OpenApi) {
         .routes(routes!(routes::restore))
         .routes(routes!(routes::check))
         .routes(routes!(routes::gc))
+        .routes(routes!(routes::copy))
         .routes(routes!(routes::jobs))
         .routes(routes!(routes::job))
         .routes(routes!(events::events))

@@ -17,7 +17,7 @@ use crate::commands::vm::{self, VmRow};
 use crate::context::Context;
 use crate::daemon::access::{Caller, Role};
 use crate::daemon::request::{
-    BackupBody, CheckBody, GcBody, RestoreBody, RollbackBody, Wanted, repository,
+    BackupBody, CheckBody, CopyBody, GcBody, RestoreBody, RollbackBody, Wanted, repository,
 };
 use crate::daemon::supervisor::Supervisor;
 use crate::failure::{Failure, Outcome, Status};
@@ -168,6 +168,19 @@ pub async fn gc(
     State(app): App,
     Extension(caller): Who,
     Body(body): Body<GcBody>,
+) -> Result<Response, Refusal> {
+    queue(&app, &caller, body.wanted(&app.settings().context, &caller)).await
+}
+
+/// Copies points to another repository.
+#[utoipa::path(
+    post, path = "/v1/copy", tag = "jobs", request_body = CopyBody,
+    responses((status = 202, body = Accepted), (status = "4XX", body = ErrorBody))
+)]
+pub async fn copy(
+    State(app): App,
+    Extension(caller): Who,
+    Body(body): Body<CopyBody>,
 ) -> Result<Response, Refusal> {
     queue(&app, &caller, body.wanted(&app.settings().context, &caller)).await
 }

@@ -127,3 +127,19 @@ pub struct GcBody {
     #[serde(default)]
     pub dry_run: bool,
 }
+
+/// Body of a copy of points to another repository: of one point, of a VM's, or of all.
+#[derive(Debug, Default, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CopyBody {
+    /// Where they are.
+    pub repo: Option<String>,
+    /// Another configured repository.
+    pub to: String,
+    /// The point: an id, a unique prefix, `latest`, `latest~N`.
+    pub point: Option<String>,
+    /// All points of this VM; with `latest`, its latest one.
+    pub vm: Option<String>,
+    #[serde(default)]
+    pub all: bool,
+}

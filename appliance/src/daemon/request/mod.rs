@@ -11,7 +11,7 @@ use std::path::Path;
 use icecore_repository::VmName;
 
 pub use self::bodies::{
-    BackupBody, CheckBody, GcBody, InPlace, LibvirtDomain, RestoreBody, RollbackBody,
+    BackupBody, CheckBody, CopyBody, GcBody, InPlace, LibvirtDomain, RestoreBody, RollbackBody,
 };
 use self::line::Line;
 use super::access::{Caller, Role};
@@ -190,5 +190,31 @@ impl GcBody {
         let repository = line.repo(self.repo.as_deref())?;
         line.switch("dry-run", self.dry_run);
         Ok(line.wanted(repository))
+    }
+}
+
+impl CopyBody {
+    /// Checks it. Two repositories that are configured may be copied from and to by operators.
+    pub fn wanted(&self, context: &Context, caller: &Caller) -> Outcome<Wanted> {
+        let tried = || "copy points".to_owned();
+        let mut line = Line::begin((context, caller), JobKind::Copy, tried(), Role::Operate)?;
+        line.repo(self.repo.as_deref())?;
+        let to = repository(context, caller, Some(&self.to), &tried())?;
+        line.text("to", Some(&to))?;
+        if let Some(vm) = &self.vm {
+            VmName::new(vm).map_err(|e| line.wrong(e))?;
+            line.text("vm", Some(vm))?;
+        }
+        let named = self.point.is_some() || self.vm.is_some();
+        if self.all == named {
+            return Err(line.wrong("a copy is of one point, of a vm's points, or of all"));
+        }
+        line.switch("all", self.all);
+        if let Some(point) = &self.point {
+            line.point(point)?;
+            line.named(point);
+        }
+        let (vm, point) = (self.vm.clone(), self.point.clone());
+        Ok(Wanted { vm, point, ..line.wanted(context.repository_name(&to)?) })
     }
 }

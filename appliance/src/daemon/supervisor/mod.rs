@@ -244,7 +244,10 @@ impl Supervisor {
 fn work_of(settings: &Settings, record: &JobRecord) -> Work {
     let party = match (record.kind, &record.vm) {
         (JobKind::Backup | JobKind::Rollback, Some(vm)) => Party::Vm(vm.clone()),
-        (JobKind::Check | JobKind::Gc, _) => Party::Repository(record.repository.clone()),
+        // Of a copy the one that is copied to.
+        (JobKind::Check | JobKind::Gc | JobKind::Copy, _) => {
+            Party::Repository(record.repository.clone())
+        }
         _ => Party::Alone(record.job.clone()),
     };
     let share = schedule::of_job(record).and_then(|name| {
