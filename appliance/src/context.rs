@@ -75,6 +75,11 @@ impl Context {
                 format!("--memory {} is less than the 32M that moving data takes", global.memory);
             return Err(Failure::usage("start", why));
         }
+        // Not clap's to judge: it does not see --daemon before the subcommand.
+        if global.detach && !global.daemon {
+            let why = "--detach is for what the daemon does";
+            return Err(Failure::usage("start", why).next("add --daemon, or leave out --detach"));
+        }
         let cache = global.cache_dir.clone().unwrap_or_else(|| global.state_dir.join("cache"));
         Ok(Self {
             config: Config::load(global.config.as_deref())?,

@@ -25,29 +25,49 @@ touch "$1/ready"
 exec sleep infinity
 "#;
 
-/// The root of a Debian without a running systemd.
+/// The root of a Debian.
 #[derive(Debug)]
 pub struct Debian {
     namespace: Background,
     scratch: Scratch,
+    /// Its systemd, where it was booted.
+    init: Option<u32>,
 }
 
 impl Debian {
-    /// A fresh one.
+    /// A fresh one without a running systemd.
     pub fn new() -> Result<Self> {
-        let below = provisioned().join("debian-root");
-        if !below.join("complete").exists() {
-            let why = format!("no Debian in {}: run `cargo xtask setup --long`", below.display());
-            return Err(Failure::new(why));
-        }
+        let below = below()?;
         let scratch = Scratch::new()?;
         let mut command = Command::new("unshare");
         command.args(["--mount", "--propagation", "private", "--", "sh", "-c", NAMESPACE, "sh"]);
         command.arg(scratch.path()).arg(below).stdin(Stdio::null());
         let namespace = Background::spawn(&mut command)?;
-        let debian = Self { namespace, scratch };
+        let debian = Self { namespace, scratch, init: None };
         let ready = debian.scratch.join("ready");
         wait_until("the Debian", START_DEADLINE, || Ok(ready.exists()))?;
+        Ok(debian)
+    }
+
+    /// A fresh one whose systemd runs as its first process.
+    pub fn boot() -> Result<Self> {
+        let mut command = Command::new("systemd-nspawn");
+        command.args(["--register=no", "--keep-unit", "--volatile=overlay", "--console=pipe"]);
+        command.arg("--boot").arg("--directory").arg(below()?);
+        if Path::new("/sys/fs/cgroup/systemd").exists() {
+            // This machine has the older kind of control groups.
+            command.env("SYSTEMD_NSPAWN_UNIFIED_HIERARCHY", "0");
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        let namespace = Background::spawn(&mut command)?;
+        let mut debian = Self { namespace, scratch: Scratch::new()?, init: None };
+        wait_until("the first process", START_DEADLINE, || {
+            debian.init = child_of(debian.namespace.pid());
+            Ok(debian.init.is_some())
+        })?;
+        wait_until("the Debian", START_DEADLINE, || {
+            Ok(debian.run(&["systemctl", "is-system-running"]).is_ok())
+        })?;
         Ok(debian)
     }
 
@@ -58,6 +78,9 @@ impl Debian {
 
     /// The same, seen from here.
     fn outside(&self) -> PathBuf {
+        if let Some(init) = self.init {
+            return PathBuf::from(format!("/proc/{init}/root"));
+        }
         let root = self.root();
         let root = root.strip_prefix("/").unwrap_or(&root);
         PathBuf::from(format!("/proc/{}/root", self.namespace.pid())).join(root)
@@ -72,8 +95,14 @@ impl Debian {
     /// A command in it.
     pub fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new("nsenter");
-        command.arg("--target").arg(self.namespace.pid().to_string());
-        command.args(["--mount", "--", "chroot"]).arg(self.root()).args(words);
+        match self.init {
+            Some(init) => command.arg("--target").arg(init.to_string()).args(["--all", "--"]),
+            None => {
+                command.arg("--target").arg(self.namespace.pid().to_string());
+                command.args(["--mount", "--", "chroot"]).arg(self.root())
+            }
+        };
+        command.args(words);
         command
             .env_clear()
             .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
@@ -98,6 +127,22 @@ impl Debian {
         command.stdin(Stdio::null()).stdout(Stdio::null());
         Background::spawn(&mut command)
     }
+}
+
+/// The one that set-up has made.
+fn below() -> Result<PathBuf> {
+    let below = provisioned().join("debian-root");
+    if below.join("complete").exists() {
+        return Ok(below);
+    }
+    let why = format!("no Debian in {}: run `cargo xtask setup --long`", below.display());
+    Err(Failure::new(why))
+}
+
+fn child_of(parent: u32) -> Option<u32> {
+    let children =
+        std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).ok()?;
+    children.split_whitespace().next()?.parse().ok()
 }
 
 impl Drop for Debian {

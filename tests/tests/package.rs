@@ -91,6 +91,59 @@ fn a_fresh_debian_takes_it_keeps_jobs_over_an_upgrade_and_is_clean_afterwards() 
     debian.sh("test -e /srv/repository/config && test ! -e /run/icecore").map(drop)
 }
 
+#[test]
+#[ignore = "long: it boots a Debian that set-up makes"]
+fn under_systemd_the_unit_starts_reloads_restarts_in_mid_job_and_is_watched() -> Result<()> {
+    let packages = Scratch::new()?;
+    let package = package("0.1.0", packages.path())?;
+    let debian = Debian::boot()?;
+    install(&debian, &package)?;
+    let shown = |what: &str| {
+        let said = debian.run(&["systemctl", "show", "-p", what, "--value", "icecore"])?;
+        Ok::<_, Failure>(said.trim().to_owned())
+    };
+    assert_eq!(shown("ActiveState")?, "active", "started by its package, and it said READY");
+    assert!(shown("StatusText")?.contains("0 jobs run"), "{}", shown("StatusText")?);
+    prepare(&debian)?;
+    debian.run(&["systemctl", "reload", "icecore"])?;
+    // All of it within the unit's sandbox, and with a configuration that the reload has brought.
+    let backup = ["icecore", "--daemon", "--detach", "backup", "off", "--repo", "main"];
+    let id = wait_for_job(&debian, &[&backup[..], &["--rate-limit", "2M/s"]].concat())?;
+    let first = shown("MainPID")?;
+    debian.run(&["systemctl", "restart", "icecore"])?;
+    assert_ne!(shown("MainPID")?, first);
+    assert_eq!(job(&debian, &id)?["state"], "running", "adopted by the new one");
+    debian.run(&["icecore", "job", "watch", &id, "--daemon"])?;
+    debian.run(&["icecore", "check", "--repo", "main", "--read-data"])?;
+
+    debian.sh("mkdir /etc/systemd/system/icecore.service.d
+         printf '[Service]\\nWatchdogSec=2\\n' > /etc/systemd/system/icecore.service.d/test.conf
+         systemctl daemon-reload
+         systemctl restart icecore")?;
+    let stuck = shown("MainPID")?;
+    debian.sh(&format!("kill -STOP {stuck}"))?;
+    wait_until("another daemon in place of one that hangs", DEADLINE, || {
+        let now = shown("MainPID")?;
+        Ok(now != stuck && now != "0" && shown("ActiveState")? == "active")
+    })?;
+    debian.run(&["systemctl", "stop", "icecore"])?;
+    assert_eq!((&*shown("ActiveState")?, &*shown("Result")?), ("inactive", "success"));
+    let journal = debian.run(&["journalctl", "--unit", "icecore", "--no-pager"])?;
+    assert!(journal.contains("listening") && journal.contains("Watchdog timeout"), "{journal}");
+    debian.sh("test ! -e /run/icecore/api.sock").map(drop)
+}
+
+/// A reload is read by the daemon a moment after systemd has sent its signal.
+fn wait_for_job(debian: &Debian, words: &[&str]) -> Result<String> {
+    let mut id = String::new();
+    wait_until("a job that the daemon takes", DEADLINE, || {
+        id = debian.run(words).unwrap_or_default().trim().to_owned();
+        Ok(!id.is_empty())
+    })?;
+    wait_until("the copy", DEADLINE, || Ok(job(debian, &id)?["progress"].is_object()))?;
+    Ok(id)
+}
+
 fn is_all_there(debian: &Debian) -> Result<()> {
     let version = debian.run(&["icecore", "--version"])?;
     assert!(version.starts_with("icecore "), "{version}");

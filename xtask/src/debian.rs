@@ -6,9 +6,10 @@ use crate::step::{Result, captured, privileged};
 
 /// Its folder under target.
 const NAME: &str = "debian-root";
-/// What the package depends on, so that installing it needs no mirror. One that has systemd's files
-/// without a systemd that runs is what a container is.
-const PACKAGES: &str = "qemu-utils,qemu-system-common,libgcc-s1,init-system-helpers";
+/// What the package depends on, so that installing it needs no mirror, and a systemd to boot it with.
+/// Not booted it is what a container is.
+const PACKAGES: &str =
+    "qemu-utils,qemu-system-common,libgcc-s1,init-system-helpers,systemd,systemd-sysv,dbus";
 
 /// Of the same release as this one: the binary was built for its libraries.
 pub fn provision() -> Result<()> {

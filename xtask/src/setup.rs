@@ -27,8 +27,8 @@ const TOOLS: [&str; 15] = [
 const QEMU: [&str; 4] = ["qemu-system-x86", "qemu-utils", "qemu-block-extra", "qemu-guest-agent"];
 /// For the tests of domains; they start a daemon of their own.
 const LIBVIRT: [&str; 4] = ["libvirt-daemon-system", "libvirt-clients", "swtpm", "swtpm-tools"];
-/// Makes the chroots of the newest QEMU and of the package's test.
-const LONG: [&str; 1] = ["debootstrap"];
+/// Makes the chroots of the newest QEMU and of the package's tests, and boots the latter.
+const LONG: [&str; 2] = ["debootstrap", "systemd-container"];
 
 /// Installs, builds and provisions; nothing that is there already is done again.
 pub fn run(long: bool) -> Result<()> {

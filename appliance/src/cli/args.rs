@@ -70,7 +70,7 @@ pub struct Global {
     #[arg(long, global = true, help_heading = "Global options")]
     pub daemon: bool,
     /// With --daemon: print the job's id and do not wait
-    #[arg(long, global = true, requires = "daemon", help_heading = "Global options")]
+    #[arg(long, global = true, help_heading = "Global options")]
     pub detach: bool,
     /// How data is moved
     #[arg(long, global = true, value_enum, default_value_t = IoEngine::Auto)]
