@@ -110,6 +110,9 @@ impl Failure {
             RepositoryError::Store(error) if error.kind() == StoreErrorKind::Locked => {
                 Status::Refused
             }
+            RepositoryError::Store(error) if error.kind() == StoreErrorKind::Unsupported => {
+                Status::Usage
+            }
             RepositoryError::NotARepository { .. }
             | RepositoryError::NotFound { .. }
             | RepositoryError::Ambiguous { .. }

@@ -28,6 +28,8 @@ pub enum Mischief {
     Truncate,
     /// The answer has the tag of something else.
     WrongTag,
+    /// The answer is a listing that lacks all keys that contain this: it is late.
+    Omit(&'static str),
 }
 
 /// Which requests it happens to.
@@ -168,11 +170,34 @@ fn serve(mut client: TcpStream, upstream: u16, script: &Mutex<Script>) -> Result
             client.write_all(answer.replace(&tag, wrong).as_bytes())?;
             Ok(client.write_all(&content)?)
         }
+        Some(Mischief::Omit(part)) => {
+            let content = omit(&String::from_utf8_lossy(&content), part);
+            let length = header(&answer, "content-length").unwrap_or_default();
+            let (old, new) = (format!(": {length}\r\n"), format!(": {}\r\n", content.len()));
+            client.write_all(answer.replacen(&old, &new, 1).as_bytes())?;
+            Ok(client.write_all(content.as_bytes())?)
+        }
         _ => {
             client.write_all(answer.as_bytes())?;
             Ok(client.write_all(&content)?)
         }
     }
+}
+
+/// A listing without the entries whose keys contain `part`.
+fn omit(listing: &str, part: &str) -> String {
+    let mut entries = listing.split("<Contents>");
+    let mut kept = entries.next().unwrap_or_default().to_owned();
+    for entry in entries {
+        let (key, rest) = entry.split_once("</Contents>").unwrap_or((entry, ""));
+        let is_omitted = key.split_once("</Key>").is_some_and(|(key, _)| key.contains(part));
+        if is_omitted {
+            kept += rest;
+        } else {
+            kept += &format!("<Contents>{entry}");
+        }
+    }
+    kept
 }
 
 fn refuse(client: &mut TcpStream, status: u16, code: &str) -> Result<()> {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use icecore_tests::{
     Disk, FaultProxy, Icecore, MIB, Mischief, ObjectServer, ObjectStore, Result, Rule, SECRET_KEY,
-    TestVm, VmSpec, acceptance, count, run, wait_until,
+    TestVm, VmSpec, acceptance, count, require_mode, run, text, wait_until,
 };
 
 /// A repository that nothing of is there before.
@@ -173,6 +173,59 @@ fn troubles_at(server: ObjectServer) -> Result<()> {
         assert_eq!(checked["points_checked"], points, "{checked}");
     }
     icecore.prove_next_point(&vm).map(drop)
+}
+
+#[test]
+fn a_listing_that_is_late_costs_a_full_read_and_no_point() -> Result<()> {
+    let Some(store) = ObjectStore::start(ObjectServer::Moto)? else { return Ok(()) };
+    let proxy = FaultProxy::start(store.port())?;
+    let icecore = Icecore::at(&proxy.site(PLACE))?;
+    let vm = vm()?;
+    icecore.prove_next_point(&vm)?;
+    vm.fill("small", 3, 2 * MIB, MIB)?;
+    icecore.prove_next_point(&vm)?;
+    let late = rule("GET", "list-type", 100_000, Mischief::Omit("/points/"));
+    proxy.play(vec![late]);
+    let refused = icecore.on_repository("gc").expect(3)?;
+    assert!(refused.stderr.contains("does not list point"), "{refused:?}");
+    vm.fill("small", 4, 3 * MIB, MIB)?;
+    let reference = vm.reference()?;
+    let third = icecore.backup(&vm).json()?;
+    require_mode(&third, "small", "full")?;
+    assert!(proxy.hits() > 0);
+    proxy.play(Vec::new());
+    icecore.prove_point(&vm, text(&third, "point")?, &reference)?;
+    icecore.on_repository("gc").succeed()?;
+    let checked = icecore.check()?;
+    assert_eq!(checked["points_checked"], 3, "{checked}");
+    vm.require_no_trace()
+}
+
+#[test]
+fn a_host_asks_no_more_of_a_store_than_it_may() -> Result<()> {
+    let Some(store) = ObjectStore::start(ObjectServer::Moto)? else { return Ok(()) };
+    let icecore = Icecore::at(&store.site(PLACE))?;
+    let vm = vm()?;
+    renew(&vm, 1)?;
+    let backup = |name: &str, value: &str| icecore.backup(&vm).env(name, value);
+    let nonsense = backup("ICECORE_STORE_RATE", "fast").expect(2)?;
+    assert!(nonsense.stderr.contains("ICECORE_STORE_RATE"), "{nonsense:?}");
+    let spent = backup("ICECORE_STORE_REQUESTS_MAX", "12").expect(1)?;
+    assert!(spent.stderr.contains("12 requests that ICECORE_STORE_REQUESTS_MAX"), "{spent:?}");
+    vm.require_no_trace()?;
+    assert_eq!(icecore.check()?["points_checked"], 0);
+    let begun = Instant::now();
+    let slow = backup("ICECORE_STORE_RATE", "5M/s").json()?;
+    // The last part is not waited for.
+    let least = Duration::from_secs((LARGE_BYTES - 8 * MIB) / (5 * MIB));
+    assert!(begun.elapsed() >= least, "{LARGE_BYTES} bytes took {:?}", begun.elapsed());
+    icecore.prove_point(&vm, text(&slow, "point")?, &vm.reference()?)?;
+    let begun = Instant::now();
+    renew(&vm, 2)?;
+    let paced = backup("ICECORE_STORE_REQUEST_RATE", "5").json()?;
+    let requests = paced["store"]["writes"].as_u64().unwrap_or_default();
+    assert!(begun.elapsed().as_secs() + 4 >= requests / 5, "{paced}");
+    Ok(())
 }
 
 #[test]

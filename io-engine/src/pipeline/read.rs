@@ -6,7 +6,7 @@
 //! order, so whatever the sink waits for already has all that it needs: no deadlock.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
@@ -17,7 +17,7 @@ use crate::budget::{Budget, Reservation};
 use crate::buffer::Pool;
 use crate::control::Halt;
 use crate::error::EngineError;
-use crate::limits::ITEM_COST;
+use crate::limits::{ITEM_COST, WAKE};
 use crate::pacing::Ticket;
 use crate::plan::{Blocks, Kind, PlanError, Run};
 use crate::stats::Latency;
@@ -130,6 +130,7 @@ where
     let (feed, intake) = queue::<Note<P>>(set.threads())?;
     let (read_in, read_out) = unbounded::<Completion<Note<P>>>();
     let (done_in, done_out) = unbounded::<(u64, Outcome<T>)>();
+    let is_stored = AtomicBool::new(false);
     let latency = std::thread::scope(|scope| {
         let (priority, zeroes) = (options.priority, done_in.clone());
         let mut prepare = job.prepare;
@@ -146,9 +147,13 @@ where
         }
         drop((read_out, done_in));
         let sink = &mut job.sink;
-        spawn(scope, halt, "icecore-sink", move || {
+        let (caller, is_stored) = (std::thread::current(), &is_stored);
+        let sink = spawn(scope, halt, "icecore-sink", move || {
             priority.apply();
-            shared.sink(sink, &done_out)
+            let stored = shared.sink(sink, &done_out);
+            is_stored.store(true, Relaxed);
+            caller.unpark();
+            stored
         });
         let io = spawn(scope, halt, "icecore-io", move || {
             let progress = &halt.control.progress;
@@ -159,7 +164,13 @@ where
                 drop(read_in.send(done));
             }))
         });
-        io.and_then(|io| io.join().ok().flatten())
+        let latency = io.and_then(|io| io.join().ok().flatten());
+        // All is read and nothing lies unread: a slow store may take its time for the rest.
+        while sink.as_ref().is_some_and(|sink| !sink.is_finished()) && !is_stored.load(Relaxed) {
+            halt.pulse();
+            std::thread::park_timeout(WAKE);
+        }
+        latency
     });
     halt.outcome()?;
     Ok(latency.unwrap_or_default())
@@ -286,7 +297,6 @@ fn place_bytes(count: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicBool;
     use std::time::Duration;
 
     use super::*;
@@ -295,6 +305,35 @@ mod tests {
     use crate::lane::Lane;
     use crate::pacing::Pace;
     use crate::plan::Planner;
+
+    /// A store that is slow with the last of it must not be taken for a worker that hangs.
+    #[test]
+    fn the_pulse_goes_on_until_all_is_stored() {
+        let size = 1u64 << 20;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(size).unwrap();
+        let mut set = LaneSet::new(Lane::files(file, 1).unwrap(), EngineChoice::Auto).unwrap();
+        let options = Options { workers: 1, ..Options::new(Budget::new(8 << 20), 8 << 20) };
+        let pulse = || options.control.pulse.load(Relaxed);
+        let mut beats = Vec::new();
+        let job = Job {
+            prepare: |_| Ok(()),
+            workers: vec![|piece: Piece<'_, ()>| Ok(((), piece.run.count * 65536))],
+            sink: |_: Run, _: Option<()>| {
+                // By then the rest is read.
+                std::thread::sleep(Duration::from_millis(400));
+                let before = pulse();
+                std::thread::sleep(Duration::from_millis(600));
+                beats.push(pulse() - before);
+                Ok(())
+            },
+            purpose: Purpose::Store,
+        };
+        let disk = Blocks { size, block: 65536 };
+        let plan = std::iter::once(Ok(Run { first: 0, count: 16, kind: Kind::Data }));
+        read(&mut set, disk, plan, &options, job).unwrap();
+        assert!(!beats.is_empty() && beats.iter().all(|beats| *beats >= 2), "{beats:?}");
+    }
 
     /// A sink that takes nothing for a while must not let more than the memory be read.
     #[test]

@@ -12,7 +12,7 @@ use super::served::{BadServerAddress, ServedStore, ServerAddress};
 use super::sftp::{self, BadSftpAddress, SftpAddress, Ssh};
 use super::transfer::TransferMemory;
 use super::{
-    Access, DirectoryStore, Found, Locking, S3Address, S3Store, Store, StoreError, Unfit, s3,
+    Access, DirectoryStore, Found, Locking, S3Address, S3Store, Store, StoreError, Unfit, limit, s3,
 };
 
 /// The address of a store: the path of a directory, or an URL.
@@ -109,19 +109,25 @@ impl Address {
         access: Access,
         memory: TransferMemory,
     ) -> Result<Arc<dyn Store>, StoreError> {
-        let ahead = |store| Arc::new(ReadAhead::new(store, memory.reading(access)));
+        let ahead =
+            |store| -> Arc<dyn Store> { Arc::new(ReadAhead::new(store, memory.reading(access))) };
         Ok(match self {
-            Self::Directory(path) => Arc::new(DirectoryStore::open(path, access)?),
+            Self::Directory(path) => {
+                limit::from_environment(Arc::new(DirectoryStore::open(path, access)?))?
+            }
             Self::S3(place) => {
                 let settings = s3::from_environment(&place.to_string())?;
                 let store = S3Store::open(place, settings, access)?;
-                ahead(Arc::new(store.with_memory(memory.writing())))
+                ahead(limit::from_environment(Arc::new(store.with_memory(memory.writing())))?)
             }
             Self::Sftp(address) => {
                 let store = sftp::open(Ssh::from_environment(), address, access)?;
-                ahead(Arc::new(store))
+                ahead(limit::from_environment(Arc::new(store))?)
             }
-            Self::Server(address) => ahead(Arc::new(ServedStore::open(address, access)?)),
+            Self::Server(address) => {
+                let store = Arc::new(ServedStore::open(address, access)?);
+                ahead(limit::from_environment(store)?)
+            }
         })
     }
 

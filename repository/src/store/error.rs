@@ -28,6 +28,8 @@ pub enum StoreErrorKind {
     Server,
     /// A lock keeps the object.
     Locked,
+    /// This run has asked as often as it may.
+    OverBudget,
     /// The store has not got what was asked of it.
     Unsupported,
     /// Anything else that the device answered.
@@ -55,6 +57,7 @@ impl StoreErrorKind {
             Self::Unreachable => "check the server's address, its state and the network between",
             Self::Server => "try again later; if it stays, look at the server's log",
             Self::Locked => "wait until the lock has run out; nothing takes it away before",
+            Self::OverBudget => "allow this run more requests, or unset the variable",
             Self::Unsupported => "choose another place, or do without",
             Self::Io => "look at the kernel log and the state of the disk, mount or server",
         }

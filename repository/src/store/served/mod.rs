@@ -65,6 +65,7 @@ pub fn kind_name(kind: StoreErrorKind) -> &'static str {
         StoreErrorKind::Unreachable => "unreachable",
         StoreErrorKind::Server => "server",
         StoreErrorKind::Locked => "locked",
+        StoreErrorKind::OverBudget => "over-budget",
         StoreErrorKind::Unsupported => "unsupported",
         StoreErrorKind::Io => "io",
     }
@@ -83,6 +84,7 @@ fn kind_of(name: &str) -> Option<StoreErrorKind> {
         Kind::Unreachable,
         Kind::Server,
         Kind::Locked,
+        Kind::OverBudget,
         Kind::Unsupported,
         Kind::Io,
     ];
