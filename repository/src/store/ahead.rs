@@ -10,7 +10,9 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::{ObjectEntry, ObjectLock, ObjectName, ObjectWriter, Store, StoreError, Traffic};
+use super::{
+    ObjectEntry, ObjectLock, ObjectName, ObjectWriter, Store, StoreError, StoreErrorKind, Traffic,
+};
 
 /// One request of a read in order: large enough that the journey is a small part of it.
 const WINDOW_BYTES: u64 = 4 << 20;
@@ -228,7 +230,10 @@ impl Shared {
             None => {
                 // At most an edge.
                 let mut content = vec![0; (length - start).min(EDGE_BYTES) as usize];
-                self.inner.read_exact(name, start, &mut content)?;
+                match self.inner.read_exact(name, start, &mut content) {
+                    Err(error) if is_of_bytes(&error) => return Ok(false),
+                    other => other?,
+                }
                 let content = Arc::new(content);
                 let edge = Edge { name: name.clone(), start, content: Arc::clone(&content) };
                 let mut state = self.state();
@@ -320,10 +325,14 @@ impl Shared {
             let number = at / WINDOW_BYTES;
             // Begun before this one is waited for.
             self.look_ahead(name, number, length, ahead);
-            let window = self.get(name, number, length)?;
+            let window = match self.get(name, number, length) {
+                Err(error) if is_of_bytes(&error) => None,
+                other => other?,
+            };
             let part = window.as_ref().and_then(|w| w.get((at % WINDOW_BYTES) as usize..));
             let Some(part) = part.filter(|part| !part.is_empty()) else {
-                // It ends early, which the store says in its own words; or there is no place.
+                // It ends early, which the store says in its own words; or there is no place; or some
+                // of it cannot be read, which may be none of what is asked for.
                 return self.inner.read_exact(name, at, rest);
             };
             let count = part.len().min(rest.len());
@@ -334,6 +343,11 @@ impl Shared {
         }
         Ok(())
     }
+}
+
+/// Whether other bytes of the object may be readable all the same: a bad sector is no lost server.
+fn is_of_bytes(error: &StoreError) -> bool {
+    matches!(error.kind(), StoreErrorKind::Io | StoreErrorKind::Corrupt)
 }
 
 impl Store for ReadAhead {
@@ -461,6 +475,25 @@ mod tests {
         assert_eq!(edge_of(large, large - 44, 44), Some(large - EDGE_BYTES));
         assert_eq!(edge_of(large, large - EDGE_BYTES - 1, 2), None);
         assert_eq!(edge_of(large, u64::MAX, 2), None);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_no_wider_than_it_is() {
+        let fs = SimFileSystem::new();
+        let inner = Arc::new(DirectoryStore::on(Arc::new(fs.clone()), "sim", Access::ReadWrite));
+        let name = ObjectName::new("packs/x").unwrap();
+        inner.put(&name, &vec![7; 12 << 20]).unwrap();
+        for bad in [5 << 20, (12 << 20) - 4096] {
+            fs.set_bad_sector(Some(bad));
+            let store = ReadAhead::new(inner.clone(), 6 * WINDOW_BYTES);
+            store.len(&name).unwrap();
+            let mut buffer = vec![0; 4096];
+            let unreadable: Vec<u64> = (0..12 << 20)
+                .step_by(4096)
+                .filter(|at| store.read_exact(&name, *at, &mut buffer).is_err())
+                .collect();
+            assert_eq!(unreadable, [bad]);
+        }
     }
 
     proptest! {

@@ -61,6 +61,7 @@ struct State {
     crashed: bool,
     read_only: bool,
     capacity_bytes: Option<u64>,
+    bad_sector: Option<u64>,
 }
 
 /// The simulated file system; clones share it.
@@ -106,6 +107,11 @@ impl SimFileSystem {
     /// Limits the sum of all files' bytes; beyond it appending and creating fail with ENOSPC.
     pub fn set_capacity(&self, bytes: Option<u64>) {
         self.lock().capacity_bytes = bytes;
+    }
+
+    /// Makes every read of any file fail with EIO that has this byte among those it asks for.
+    pub fn set_bad_sector(&self, offset: Option<u64>) {
+        self.lock().bad_sector = offset;
     }
 
     /// Bytes of all files that have a name.
@@ -403,6 +409,10 @@ impl FileSystem for SimFileSystem {
     fn read_at(&self, path: &str, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
         self.look(|state| {
             let bytes = &state.files[state.inode(path)?].live;
+            let asked = offset..offset.saturating_add(buffer.len() as u64);
+            if state.bad_sector.is_some_and(|bad| asked.contains(&bad)) {
+                return Err(Errno::IO.into());
+            }
             let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
             let count = buffer.len().min(bytes.len() - start);
             buffer[..count].copy_from_slice(&bytes[start..start + count]);
