@@ -12,8 +12,8 @@ use crate::report::Latency;
 
 /// What the rest of the process takes beside the data plane: code, stacks, the repository's caches.
 pub const OVERHEAD_BYTES: u64 = 24 << 20;
-/// What a server's connections, TLS and packs that wait take beside.
-pub const SERVER_OVERHEAD_BYTES: u64 = 12 << 20;
+/// What a server's connections, TLS and packs that wait take beside (measured).
+pub const SERVER_OVERHEAD_BYTES: u64 = 20 << 20;
 /// More than this gains nothing (measured): requests in flight and blocks being compressed.
 const PIPELINE_BYTES_MAX: u64 = 32 << 20;
 
