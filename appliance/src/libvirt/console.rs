@@ -38,10 +38,7 @@ impl Console {
         command.stdin(Stdio::piped()).stdout(theirs.try_clone()?).stderr(theirs);
         let mut child = command.spawn()?;
         let input = child.stdin.take().ok_or_else(|| std::io::Error::other("no input"))?;
-        let mut console = Self { child, input, output: BufReader::new(output), asked: 0 };
-        // Its welcome is no answer.
-        drop(console.ask("")?);
-        Ok(console)
+        Ok(Self { child, input, output: BufReader::new(output), asked: 0 })
     }
 
     /// Its process.

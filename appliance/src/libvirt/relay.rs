@@ -89,8 +89,10 @@ pub fn run(channel: Channel, uri: &str, uuid: &str) -> ExitCode {
 
 fn serve(channel: Channel, uri: &str, uuid: &str) -> Result<(), Ended> {
     let virsh = Virsh::new(uri).map_err(|_| Ended::Failed)?;
-    let console = Console::open(&virsh)?;
+    let mut console = Console::open(&virsh)?;
     let lines = listen(&console)?;
+    // Its welcome is no answer. One that reaches no libvirt ends here.
+    drop(console.ask("")?);
     let mut relay = Relay { console, uuid: uuid.to_owned(), guest_touched: false };
     if channel == Channel::Monitor {
         say(&relay.greeting()?)?;
