@@ -14,8 +14,12 @@ use crate::report::Latency;
 pub const OVERHEAD_BYTES: u64 = 24 << 20;
 /// What a server's connections, TLS and packs that wait take beside (measured).
 pub const SERVER_OVERHEAD_BYTES: u64 = 20 << 20;
-/// More than this gains nothing (measured): requests in flight and blocks being compressed.
-const PIPELINE_BYTES_MAX: u64 = 32 << 20;
+/// Requests in flight: more gains nothing (measured, as is the next).
+const IN_FLIGHT_BYTES: u64 = 12 << 20;
+/// What one worker has in hand: a request's blocks and what became of them.
+const WORKER_BYTES: u64 = 2 << 20;
+/// A pipeline never has more than this, however many processors there are.
+const PIPELINE_BYTES_MAX: u64 = 64 << 20;
 
 /// Whether data are being moved, and the sign of life of the threads that move them.
 #[derive(Debug, Clone, Default)]
@@ -52,7 +56,13 @@ pub fn options(context: &Context, repository: &Repository, cancel: &Arc<AtomicBo
 /// The least that a pipeline gets: a few requests under way, a few being compressed.
 const PIPELINE_BYTES_MIN: u64 = 8 << 20;
 /// All pipelines of a run together: beyond two that have all they can use, memory only lies there.
-const PIPELINES_BYTES_MAX: u64 = 2 * PIPELINE_BYTES_MAX;
+const PIPELINES_FULL: u64 = 2;
+
+/// What one pipeline can use on this machine.
+fn pipeline_bytes() -> u64 {
+    let workers = std::thread::available_parallelism().map_or(1, |count| count.get() as u64);
+    IN_FLIGHT_BYTES.saturating_add(WORKER_BYTES.saturating_mul(workers)).min(PIPELINE_BYTES_MAX)
+}
 
 /// The process's memory for data, shared by pipelines that run side by side.
 #[derive(Debug)]
@@ -68,10 +78,11 @@ impl SharedMemory {
             0 => OVERHEAD_BYTES,
             transfer => OVERHEAD_BYTES + SERVER_OVERHEAD_BYTES + transfer,
         };
-        let all = context.memory.saturating_sub(beside).min(PIPELINES_BYTES_MAX);
+        let usable = pipeline_bytes();
+        let all = context.memory.saturating_sub(beside).min(PIPELINES_FULL * usable);
         let carried = usize::try_from(all / PIPELINE_BYTES_MIN).unwrap_or(usize::MAX);
         let pipelines = wanted.min(carried).max(1);
-        Self { budget: Budget::new(all.min(PIPELINE_BYTES_MAX * pipelines as u64)), pipelines }
+        Self { budget: Budget::new(all.min(usable * pipelines as u64)), pipelines }
     }
 
     /// How many pipelines may run at one time.

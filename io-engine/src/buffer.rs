@@ -184,6 +184,11 @@ impl Pool {
         Self(Arc::new(Shared { limit, state, freed: Condvar::new() }))
     }
 
+    /// What a buffer of `len` bytes takes of the pool.
+    pub(crate) fn cost(len: usize) -> usize {
+        len.max(PAGE).next_power_of_two()
+    }
+
     /// A buffer of `len` bytes with undefined content, waiting until one is free.
     ///
     /// Once it had to wait it goes on waiting until half of the pool is free: requests then go out
@@ -194,7 +199,7 @@ impl Pool {
         cancelled: impl Fn() -> bool,
     ) -> Result<Buffer, EngineError> {
         let shared = &self.0;
-        let class = len.max(PAGE).next_power_of_two();
+        let class = Self::cost(len);
         if class > shared.limit {
             let (asked, total) = (class as u64, shared.limit as u64);
             return Err(BudgetError::TooLarge { asked, total }.into());

@@ -124,7 +124,9 @@ fn write_steps(
     let span = Span::new(0, disk.size);
     let fetcher = |_| point.fetcher().map_err(|source| EngineError::Repository { span, source });
     let (overlapping, batch_bytes) = point.fetchers();
-    let each = (0..options.workers.max(overlapping)).map(fetcher).collect::<Result<Vec<_>, _>>()?;
+    // Each fetcher of a server has a buffer for its answers, of which the store's memory has so many.
+    let count = if batch_bytes > 0 { overlapping } else { options.workers.max(1) };
+    let each = (0..count).map(fetcher).collect::<Result<Vec<_>, _>>()?;
     let holes = set.file().filter(|_| blank).map_or(Holes::Fill, Holes::Keep);
     write(set, disk, steps, Fetchers { each, batch_bytes }, holes, options)
 }

@@ -8,6 +8,7 @@ use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use crate::envelope::Kind;
 use crate::sealing::Sealing;
@@ -42,6 +43,20 @@ impl Cache {
         }
     }
 
+    /// Removes what killed processes have left half written of a file.
+    fn remove_unfinished(&self, name: &str) {
+        let beginning = format!(".{name}.");
+        for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
+            let is_one = entry.file_name().to_string_lossy().starts_with(&beginning);
+            let written = entry.metadata().and_then(|meta| meta.modified());
+            let age = written.ok().and_then(|at| at.elapsed().ok());
+            if is_one && age.is_some_and(|age| age > WRITING_MAX) {
+                // What stays is a few MiB; the next one tries again.
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+
     pub(crate) fn write(&self, kind: Kind, name: &'static str, payload: &[u8]) {
         let folder = self.folder.display();
         match self
@@ -49,12 +64,15 @@ impl Cache {
             .close(kind, name, payload)
             .map(|closed| replace_private(&self.folder, name, &closed))
         {
-            Ok(Ok(())) => {}
+            Ok(Ok(())) => self.remove_unfinished(name),
             Ok(Err(error)) => tracing::warn!(%error, %folder, "cache file not written"),
             Err(error) => tracing::warn!(%error, %folder, "cache file not written"),
         }
     }
 }
+
+/// Who still writes a cache file does so within this.
+const WRITING_MAX: Duration = Duration::from_secs(86_400);
 
 /// Replaces a file that only the owner may read: block ids tell whether a known content is there.
 pub(crate) fn replace_private(folder: &Path, name: &str, bytes: &[u8]) -> std::io::Result<()> {

@@ -15,7 +15,7 @@ use crate::manifest::{self, Receipt};
 use crate::map::{Below, MapView, RunDraft, RunReader, fold, merge_count};
 use crate::names;
 use crate::point::{DiskSummary, Location, Origin, Point, PointDisk, PointMeta};
-use crate::reader::{open_run, open_runs};
+use crate::reader::{open_run, open_stored_runs};
 use crate::repository::{Inner, Repository, random};
 use crate::session::{FinishedDisk, Session};
 use crate::sink::{DiskSink, DiskStart, DiskWriter, Inheritance, Parent, ParentCursor};
@@ -178,6 +178,10 @@ fn learn(inner: &Arc<Inner>, index: &DedupIndex, quarantined: &BTreeSet<PackId>)
     packs.truncate(SAVED_PACKS_MAX);
     // The newest last: it is forgotten last.
     for pack in packs.into_iter().rev() {
+        // Its table may have been kept on this host, which says nothing of the pack.
+        if !inner.store.exists(&names::pack(pack)?)? {
+            continue;
+        }
         let Some(toc) = unless_damaged(inner.tocs.get(inner, pack))? else { continue };
         for (slot, frame) in (0..).zip(&toc.frames) {
             index.insert(&frame.id, Location { pack, slot });
@@ -285,7 +289,7 @@ impl PointWriter {
             inheritance: Inheritance::new(block_size, start.size_bytes, held.size_bytes)?,
             references: held.runs.clone(),
             lock: parent.lock,
-            runs: open_runs(inner, &held.runs)?,
+            runs: open_stored_runs(inner, &held.runs)?,
         })
     }
 

@@ -90,7 +90,7 @@ impl TocCache {
             return Ok(toc);
         }
         let read = |store: &Arc<dyn Store>| PackToc::read(&**store, &inner.sealing, pack);
-        let toc = Arc::new(inner.open_kept(&names::pack(pack)?, read)?);
+        let toc = Arc::new(inner.open_kept(&names::pack(pack)?, read, |_| true)?);
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         known.push_front((pack, Arc::clone(&toc)));
         let mut frames = 0;

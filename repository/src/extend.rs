@@ -58,8 +58,28 @@ pub(crate) fn lock_reached(
         names.push(object.name()?);
     }
     tracing::debug!(objects = names.len(), until = %horizon.objects, "locks are extended");
-    lock.extend(&names, horizon.objects)?;
+    match lock.extend(&names, horizon.objects) {
+        // The next run reads whole what needs a pack that is gone.
+        Err(error) if error.is_not_found() => {
+            quarantine_missing(inner, &objects)?;
+            return Err(error.into());
+        }
+        other => other?,
+    }
     Ok(Some(of_point))
+}
+
+/// Lets no new point use packs that are not there.
+fn quarantine_missing(inner: &Inner, objects: &BTreeSet<DataObject>) -> Result<()> {
+    let mut missing = BTreeSet::new();
+    for object in objects {
+        if let DataObject::Pack(pack) = object
+            && !inner.store.exists(&object.name()?)?
+        {
+            missing.insert(*pack);
+        }
+    }
+    inner.coordination.quarantine(&missing)
 }
 
 /// Without these no point can be read.

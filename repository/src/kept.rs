@@ -71,12 +71,14 @@ impl Kept {
         Self { folder, repository, bytes: Mutex::default() }
     }
 
-    /// Opens an object by `open`: with what is kept of it, and if that is no good, without.
+    /// Opens an object by `open`: with what is kept of it, and if that is no good, without. One that
+    /// is new here and known whole is kept if `is_sound` says so: it answers from then on.
     pub(crate) fn open<T>(
         &self,
         store: &Arc<dyn Store>,
         name: &ObjectName,
         open: impl Fn(&Arc<dyn Store>) -> Result<T>,
+        is_sound: impl Fn(&Arc<dyn Store>) -> bool,
     ) -> Result<T> {
         let known = self.read(name);
         let was_kept = known.length.is_some();
@@ -92,7 +94,11 @@ impl Kept {
             opened = open(&(Arc::clone(&tried) as Arc<dyn Store>));
         }
         if opened.is_ok() {
-            self.write(name, &tried.opened());
+            let known = tried.opened();
+            let needs_look = known.is_new && known.is_whole();
+            if !needs_look || is_sound(&(tried as Arc<dyn Store>)) {
+                self.write(name, &known);
+            }
         }
         opened
     }

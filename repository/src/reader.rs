@@ -4,9 +4,11 @@ use std::sync::Arc;
 
 use crate::content::FANOUT;
 use crate::decoder::{BlockDecoder, JOURNEY_BYTES_MAX, Manner};
+use crate::envelope::Form;
 use crate::error::{Damage, DamageKind, Result};
 use crate::geometry::{BlockIndex, BlockSize};
 use crate::ids::{BlockId, ContentRoot};
+use crate::map::scrub_stored;
 use crate::map::{
     MapView, PAGE_BLOCKS, PageCursor, PageSlots, REGION_BLOCKS, RunReader, Slot, empty_page,
 };
@@ -31,7 +33,18 @@ pub(crate) fn open_runs(inner: &Inner, runs: &[RunRef]) -> Result<Vec<Arc<RunRea
 /// Opens a run of a map, with what this host may have kept of it.
 pub(crate) fn open_run(inner: &Inner, run: &RunRef) -> Result<RunReader> {
     let open = |store: &Arc<dyn Store>| RunReader::open(store, &inner.sealing, run);
-    inner.open_kept(&names::run(run.run)?, open)
+    let form = if inner.config.is_encrypted() { Form::Encrypted } else { Form::Plain };
+    let is_sound = |store: &Arc<dyn Store>| {
+        scrub_stored(store, form, &inner.config.id, run.run, run.bytes).is_ok()
+    };
+    inner.open_kept(&names::run(run.run)?, open, is_sound)
+}
+
+/// Opens the runs of a map at the store, for whoever builds upon them: what this host has kept says
+/// nothing of whether they are still there.
+pub(crate) fn open_stored_runs(inner: &Inner, runs: &[RunRef]) -> Result<Vec<Arc<RunReader>>> {
+    let open = |run| Ok(Arc::new(RunReader::open(&inner.store, &inner.sealing, run)?));
+    runs.iter().map(open).collect()
 }
 
 impl DiskReader {

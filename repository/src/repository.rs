@@ -552,14 +552,16 @@ impl Repository {
 }
 
 impl Inner {
-    /// Opens an object whose tables may have been kept on this host.
+    /// Opens an object whose tables may have been kept on this host. `is_sound` looks at what opening
+    /// it does not, before all of it is kept.
     pub(crate) fn open_kept<T>(
         &self,
         name: &ObjectName,
         open: impl Fn(&Arc<dyn Store>) -> Result<T>,
+        is_sound: impl Fn(&Arc<dyn Store>) -> bool,
     ) -> Result<T> {
         match &self.kept {
-            Some(kept) => kept.open(&self.store, name, open),
+            Some(kept) => kept.open(&self.store, name, open, is_sound),
             None => open(&self.store),
         }
     }

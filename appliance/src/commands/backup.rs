@@ -190,6 +190,10 @@ impl Run<'_> {
         form: CaptureForm,
         args: &BackupArgs,
     ) -> Outcome<BackupReport> {
+        // Also of one that was started on its mixed disks all the same: it would push good points out.
+        if let Some(mark) = half_written::get(&self.context.state, &domain.name)? {
+            return Err(mark.refusal(self.tried));
+        }
         match domain.state().map_err(|e| e.failure(self.tried))? {
             state @ (State::Running | State::Paused) => match form {
                 CaptureForm::Job => self.domain_that_runs(job, domain, args).await,
@@ -288,9 +292,6 @@ impl Run<'_> {
         domain: &Domain,
         form: CaptureForm,
     ) -> Outcome<BackupReport> {
-        if let Some(mark) = half_written::get(&self.context.state, &domain.name) {
-            return Err(mark.refusal(self.tried));
-        }
         let off = PoweredOff::of(domain, form, self.tried)?;
         let dir = RunDir::of(self.context, job.id())?;
         let repository = repository_part(self.repository, self.tried)?;

@@ -10,9 +10,20 @@ use crate::state::State;
 const NAME: &str = "icecore";
 const MARK: &str = "# Installed by 'icecore hook install'; removed with it.";
 
-/// Whether this host's libvirt finds our script where it looks by itself.
-pub fn is_installed() -> bool {
-    Path::new(super::FOLDER).join(NAME).exists()
+/// Whether this host's libvirt finds our script where it looks by itself, and the script the marks of
+/// this state directory: that of an earlier version, or of another directory, guards nothing.
+pub fn guards(state: &State) -> bool {
+    std::path::absolute(state.root())
+        .is_ok_and(|root| looks_for(&Path::new(super::FOLDER).join(NAME), &root))
+}
+
+fn looks_for(script: &Path, state: &Path) -> bool {
+    std::fs::read_to_string(script).is_ok_and(|text| text.contains(&why_line(state)))
+}
+
+/// The script's line that names the marks.
+fn why_line(state: &Path) -> String {
+    format!("why={}/\"$1.{EXTENSION}\"\n", quoted(&state.join(half_written::FOLDER)))
 }
 
 /// Writes the script; one that is not ours is refused.
@@ -36,12 +47,12 @@ pub fn install(state: &State, dir: &Path) -> Outcome<PathBuf> {
 /// A program that is gone, hangs or fails is no reason for a domain not to start; the mark of a
 /// rollback that was cut off is, and the script finds it without the program.
 fn script(binary: &Path, state: &Path) -> String {
-    let marks = quoted(&state.join(half_written::FOLDER));
+    let why = why_line(state);
     let (binary, state) = (quoted(binary), quoted(state));
     format!(
         "#!/bin/sh\n{MARK}\n\
          # Two states in one disk: a guest that starts on it ruins both.\n\
-         why={marks}/\"$1.{EXTENSION}\"\n\
+         {why}\
          if [ \"$2 $3\" = 'prepare begin' ] && [ -e \"$why\" ]; then\n    \
          head -n 1 -- \"$why\" >&2\n    exit 1\nfi\n\
          timeout -k 1 1 {binary} --state-dir {state} hook libvirt -- \"$@\" || :\nexit 0\n"
@@ -80,7 +91,10 @@ mod tests {
             assert!(start(name, operation).status.success(), "{name} {operation}");
         }
         install(&state, dir.path()).unwrap();
+        assert!(looks_for(&path, &std::path::absolute(state.root()).unwrap()));
+        assert!(!looks_for(&path, Path::new("/elsewhere")));
         std::fs::write(&path, "#!/bin/sh\n").unwrap();
+        assert!(!looks_for(&path, &std::path::absolute(state.root()).unwrap()));
         assert!(install(&state, dir.path()).is_err());
     }
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 pub use event::Event;
-pub use install::{install, is_installed};
+pub use install::{guards, install};
 pub use register::{Known, all};
 
 use crate::state::State;

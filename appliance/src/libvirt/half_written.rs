@@ -98,17 +98,25 @@ fn path(state: &State, domain: &str) -> PathBuf {
     state.root().join(FOLDER).join(format!("{domain}.{EXTENSION}"))
 }
 
-/// The mark of a domain, if it has one.
-pub fn get(state: &State, domain: &str) -> Option<HalfWritten> {
+/// The mark of a domain, if it has one. One that cannot be read is one all the same.
+pub fn get(state: &State, domain: &str) -> Outcome<Option<HalfWritten>> {
     read(&path(state, domain))
 }
 
-fn read(path: &Path) -> Option<HalfWritten> {
-    if std::fs::metadata(path).ok()?.len() > MARK_BYTES_MAX {
-        return None;
-    }
-    let text = std::fs::read_to_string(path).ok()?;
-    serde_json::from_str(text.lines().nth(1)?).ok()
+fn read(path: &Path) -> Outcome<Option<HalfWritten>> {
+    let unreadable = |why: String| {
+        Failure::failed(format!("read {}, which marks a half-written domain", path.display()), why)
+            .next("'icecore vm release' gives the domain free as it is")
+    };
+    let text = match std::fs::metadata(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Ok(about) if about.len() > MARK_BYTES_MAX => {
+            return Err(unreadable("it is too long".into()));
+        }
+        _ => std::fs::read_to_string(path).map_err(|e| unreadable(e.to_string()))?,
+    };
+    let mark = text.lines().nth(1).ok_or_else(|| unreadable("it is cut off".into()))?;
+    serde_json::from_str(mark).map(Some).map_err(|e| unreadable(e.to_string()))
 }
 
 /// All marks, by the domain's name.
@@ -116,19 +124,25 @@ pub fn all(state: &State) -> Vec<HalfWritten> {
     let Ok(entries) = std::fs::read_dir(state.root().join(FOLDER)) else { return Vec::new() };
     let paths = entries.flatten().map(|entry| entry.path());
     let marks = paths.filter(|path| path.extension().is_some_and(|e| e == EXTENSION));
-    let mut all: Vec<HalfWritten> = marks.filter_map(|path| read(&path)).collect();
+    let read = |path: PathBuf| {
+        let told = |failure: &Failure| tracing::warn!("{failure}");
+        read(&path).inspect_err(told).ok().flatten()
+    };
+    let mut all: Vec<HalfWritten> = marks.filter_map(read).collect();
     all.sort_by(|a, b| a.domain.cmp(&b.domain));
     all
 }
 
 /// Marks a domain, durably: `images` are about to be written to.
 pub fn begin(state: &State, mark: &HalfWritten, images: &[PathBuf]) -> Outcome<()> {
-    put(state, &mark.clone().over(get(state, &mark.domain), images))
+    // One that had this name before and is gone has left nothing to be finished.
+    let earlier = get(state, &mark.domain)?.filter(|earlier| earlier.uuid == mark.uuid);
+    put(state, &mark.clone().over(earlier, images))
 }
 
 /// These images of a domain are written.
 pub fn end(state: &State, domain: &str, images: &[PathBuf]) -> Outcome<()> {
-    match get(state, domain).and_then(|mark| mark.without(images)) {
+    match get(state, domain)?.and_then(|mark| mark.without(images)) {
         Some(rest) => put(state, &rest),
         None => forget(state, domain),
     }
@@ -169,17 +183,33 @@ mod tests {
     fn a_mark_goes_with_its_last_image() {
         let dir = tempfile::tempdir().unwrap();
         let state = State::new(dir.path());
-        assert!(all(&state).is_empty() && get(&state, "a b").is_none());
+        assert!(all(&state).is_empty() && get(&state, "a b").unwrap().is_none());
         let [a, b] = ["/i/a".into(), "/i/b".into()] as [PathBuf; 2];
         begin(&state, &mark(true), &[a.clone(), b.clone()]).unwrap();
         begin(&state, &mark(false), std::slice::from_ref(&b)).unwrap();
-        let seen = get(&state, "a b").unwrap();
+        let seen = get(&state, "a b").unwrap().unwrap();
         assert_eq!((seen.images.len(), seen.ran), (2, false));
         end(&state, "a b", std::slice::from_ref(&b)).unwrap();
         assert_eq!(all(&state)[0].images, std::slice::from_ref(&a));
         end(&state, "a b", &[a]).unwrap();
         assert!(all(&state).is_empty());
         forget(&state, "a b").unwrap();
+    }
+
+    #[test]
+    fn a_mark_that_cannot_be_read_is_one_and_a_namesake_inherits_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = State::new(dir.path());
+        let [a, b] = ["/i/a".into(), "/i/b".into()] as [PathBuf; 2];
+        begin(&state, &mark(true), &[a]).unwrap();
+        let namesake = HalfWritten { uuid: "u-2".into(), ..mark(false) };
+        begin(&state, &namesake, std::slice::from_ref(&b)).unwrap();
+        assert_eq!(get(&state, "a b").unwrap().unwrap().images, std::slice::from_ref(&b));
+        std::fs::write(path(&state, "a b"), "cut off").unwrap();
+        assert!(get(&state, "a b").is_err());
+        assert!(end(&state, "a b", &[b]).is_err());
+        forget(&state, "a b").unwrap();
+        assert!(get(&state, "a b").unwrap().is_none());
     }
 
     #[test]

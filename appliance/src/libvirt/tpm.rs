@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use icecore_repository::CapsulePart;
 
-use super::Domain;
 use super::capsule::read_bounded;
+use super::{Domain, xml};
 use crate::failure::{Failure, Outcome};
 use crate::state::replace_file;
 
@@ -77,7 +77,10 @@ fn folder(domain: &Domain, version: Version, tried: &str) -> Outcome<PathBuf> {
     if !uri.split('?').next().unwrap_or_default().ends_with("/system") {
         return Err(Failure::failed(tried, format!("nobody tells where {uri} keeps it")));
     }
-    Ok(Path::new(ROOT).join(&domain.uuid).join(version.names().0))
+    // It may be of a point that somebody else has written, and becomes a path.
+    let uuid = xml::checked_uuid(&domain.uuid)
+        .ok_or_else(|| Failure::failed(tried, "the domain's UUID is none"))?;
+    Ok(Path::new(ROOT).join(uuid).join(version.names().0))
 }
 
 /// What is done where a TPM has state already.
@@ -101,7 +104,8 @@ pub fn restore(
 /// Takes back what [`restore`] made for a domain that did not come to be.
 pub fn discard(domain: &Domain, version: Version) {
     if let Ok(folder) = folder(domain, version, "remove the state of a TPM")
-        && let Err(e) = std::fs::remove_dir_all(&folder)
+        && let Err(e) = std::fs::remove_file(folder.join(version.names().1))
+            .and_then(|()| std::fs::remove_dir(&folder))
     {
         tracing::warn!(path = %folder.display(), "not removed: {e}");
     }

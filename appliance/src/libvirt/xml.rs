@@ -93,7 +93,12 @@ pub fn parse(text: &str) -> Result<Description, String> {
 /// The UUID in a domain's XML, where it is one.
 pub fn uuid(text: &str) -> Option<String> {
     let document = Document::parse(text).ok()?;
-    let uuid = child(document.root_element(), "uuid")?.text()?.trim();
+    checked_uuid(child(document.root_element(), "uuid")?.text()?)
+}
+
+/// A UUID as libvirt writes it, where it is one.
+pub fn checked_uuid(text: &str) -> Option<String> {
+    let uuid = text.trim();
     let allowed = |b: u8| b.is_ascii_hexdigit() || b == b'-';
     (uuid.len() == 36 && uuid.bytes().all(allowed)).then(|| uuid.to_ascii_lowercase())
 }

@@ -97,9 +97,13 @@ impl Tokens {
         let text = toml::to_string_pretty(self).map_err(|e| Failure::failed(&tried, e))?;
         let beside = path.with_extension("new");
         let write = || -> std::io::Result<()> {
+            // The folder may be another user's: what lies there is not followed and not opened.
+            match std::fs::remove_file(&beside) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
             let mut options = std::fs::OpenOptions::new();
-            let mut file =
-                options.write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
+            let mut file = options.write(true).create_new(true).mode(0o600).open(&beside)?;
             file.write_all(text.as_bytes())?;
             keep_owner(path, &file)?;
             file.sync_all()?;
@@ -162,7 +166,7 @@ impl Tokens {
 fn keep_owner(path: &Path, file: &std::fs::File) -> std::io::Result<()> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     let folder = || std::fs::metadata(parent.unwrap_or(Path::new(".")));
-    let owner = std::fs::metadata(path).or_else(|_| folder())?;
+    let owner = std::fs::symlink_metadata(path).or_else(|_| folder())?;
     if file.metadata()?.uid() == owner.uid() {
         return Ok(());
     }

@@ -41,16 +41,17 @@ impl Rollback<'_> {
             }
         };
         let state_dir = &self.context.state;
-        let earlier = half_written::get(state_dir, &domain.name);
+        let earlier = half_written::get(state_dir, &domain.name)?;
+        let earlier = earlier.filter(|mark| mark.uuid == domain.uuid);
         // One that an earlier run has stopped, and was cut off over, is to run again, too.
         let restart = ran || earlier.is_some_and(|mark| mark.ran);
         let (job, point) = (self.job.id(), self.point.id.to_string());
         let repository = &self.job.record.repository;
         self.mark = Some(HalfWritten::new(domain, job, &point, repository, restart));
-        if !hook::is_installed() {
+        if !hook::guards(state_dir) {
             tracing::warn!(
-                "libvirt's hook is not installed ('icecore hook install'): should this run be cut \
-                 off, nothing keeps {} from starting half-written",
+                "libvirt's hook is not installed, or not for this state directory ('icecore hook \
+                 install'): should this run be cut off, nothing keeps {} from starting half-written",
                 domain.name
             );
         }
@@ -62,7 +63,7 @@ impl Rollback<'_> {
         let half_written = !self.job.record.writing.is_empty();
         match rolled {
             Ok(done) if !restart || !self.request.restart || self.request.dry_run => Ok(done),
-            Ok(_) if half_written::get(&self.context.state, &domain.name).is_some() => {
+            Ok(_) if half_written::get(&self.context.state, &domain.name)?.is_some() => {
                 Err(self.still_half_written(domain))
             }
             Ok(done) => match domain.start() {
@@ -79,7 +80,7 @@ impl Rollback<'_> {
 
     /// The disks of this run are done; those of an earlier one that was cut off are not.
     fn still_half_written(&self, domain: &Domain) -> Failure {
-        let mark = half_written::get(&self.context.state, &domain.name);
+        let mark = half_written::get(&self.context.state, &domain.name).ok().flatten();
         let why = mark.map(|mark| mark.why()).unwrap_or_default();
         let why = format!("these disks are rolled back and verified, but {why}");
         Failure::failed(self.tried, why).next("roll all of its disks back")

@@ -12,8 +12,9 @@ use crate::capture::Capture;
 use crate::capture::image::{ImageCapture, Named};
 use crate::failure::{Failure, Outcome, Status};
 use crate::image::{self, Format, RunDir, Served, Stamp, StorageDaemon};
+use crate::libvirt::Domain;
 use crate::libvirt::half_written;
-use crate::libvirt::tpm::{self, There};
+use crate::libvirt::tpm::{self, There, Version};
 use crate::nbd::{self, Peer};
 use crate::report::BackupReport;
 
@@ -36,6 +37,13 @@ impl Held {
     fn resized(&self) -> bool {
         self.disk.seen.size_bytes != self.disk.wanted.size_bytes
     }
+}
+
+/// What a domain's TPM is to hold.
+struct TpmState {
+    domain: Domain,
+    version: Version,
+    bytes: Vec<u8>,
 }
 
 impl Rollback<'_> {
@@ -175,38 +183,54 @@ impl Rollback<'_> {
         }
         self.interrupt.check(self.tried)?;
         let paths: Vec<PathBuf> = held.iter().map(|image| image.path.clone()).collect();
+        let tpm = self.tpm_state()?;
         self.note_writing(paths.clone())?;
         let written = self.write_all(&mut held, plans, dir).await;
         let closed: Outcome<Vec<()>> = held.into_iter().map(|image| image.daemon.stop()).collect();
         let disks = written.and_then(|disks| closed.map(|_| disks)).map_err(half_written)?;
-        self.restore_tpm().map_err(half_written)?;
+        if let Some(TpmState { domain, version, bytes }) = tpm {
+            let restored = tpm::restore(&domain, version, &bytes, There::Replace, self.tried);
+            restored.map_err(half_written)?;
+        }
         self.note_written(&paths)?;
         Ok(disks)
     }
 
     /// On disk before the first write: whoever finds the run dead knows what it left.
     fn note_writing(&mut self, paths: Vec<PathBuf>) -> Outcome<()> {
+        let state = &self.context.state;
+        let mut is_first = true;
         if let Some(mark) = &self.mark {
-            half_written::begin(&self.context.state, mark, &paths)?;
+            is_first = half_written::get(state, &mark.domain)?.is_none();
+            half_written::begin(state, mark, &paths)?;
         }
-        self.job.record.writing = paths;
-        self.job.save(self.context)
+        self.job.record.writing.clone_from(&paths);
+        let saved = self.job.save(self.context);
+        if saved.is_err() {
+            // Nothing is written yet, and the domain is to start again.
+            self.job.record.writing.clear();
+            if let Some(mark) = self.mark.as_ref().filter(|_| is_first) {
+                half_written::end(state, &mark.domain, &paths)?;
+            }
+        }
+        saved
     }
 
-    /// A whole VM gets the TPM that goes with its disks; one that the point does not hold stays.
-    fn restore_tpm(&self) -> Outcome<()> {
+    /// A whole VM gets the TPM that goes with its disks; one that the point does not hold stays. Read
+    /// before anything is written.
+    fn tpm_state(&self) -> Outcome<Option<TpmState>> {
         let machine = self.machine.as_ref().filter(|_| self.request.disks.is_empty());
         let Some((machine, version)) = machine.and_then(|one| Some((one, one.tpm?))) else {
-            return Ok(());
+            return Ok(None);
         };
         let name = version.part();
         if !self.point.parts.iter().any(|part| part.name.as_str() == name) {
             tracing::warn!("the point holds no state of the TPM: it stays as it is");
-            return Ok(());
+            return Ok(None);
         }
         let bytes = self.repository.capsule_part(self.point, name);
         let bytes = bytes.map_err(|e| Failure::from_repository(self.tried, e))?;
-        tpm::restore(&machine.domain, version, &bytes, There::Replace, self.tried)
+        Ok(Some(TpmState { domain: machine.domain.clone(), version, bytes }))
     }
 
     fn note_written(&mut self, paths: &[PathBuf]) -> Outcome<()> {

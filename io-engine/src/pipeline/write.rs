@@ -171,11 +171,17 @@ impl Shared<'_> {
                     let pacing = &self.halt.control.pacing;
                     let ticket = pacing.enter(span.len, || self.halt.stopped());
                     drop(ticket.ok_or(EngineError::Cancelled)?);
+                    // Whoever waits for memory must not hold what he waits for: a batch has no more
+                    // than half of the pool, as the pool counts it.
+                    let cost = |span: &Span| Pool::cost(span.len as usize) as u64;
+                    let held: u64 = batch.iter().map(|task| cost(&task.span)).sum();
+                    if !batch.is_empty() && held + cost(&span) > self.batch_bytes {
+                        drop(tasks.send(std::mem::take(&mut batch)));
+                    }
                     // At most one request, so within 32 bits.
                     let buf = self.pool.get(span.len as usize, || self.halt.stopped())?;
                     batch.push(Task { entries, span, buf });
-                    let bytes: u64 = batch.iter().map(|task| task.span.len).sum();
-                    if bytes + span.len > self.batch_bytes {
+                    if self.batch_bytes == 0 {
                         drop(tasks.send(std::mem::take(&mut batch)));
                     }
                 }

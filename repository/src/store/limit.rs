@@ -120,27 +120,35 @@ impl Debt {
 struct Account {
     bytes: Debt,
     requests: Debt,
+    /// As far as they are noted here.
     asked: u64,
 }
 
 #[derive(Debug)]
 struct Counter {
+    store: Arc<dyn Store>,
     limits: Limits,
     account: Mutex<Account>,
     time: Arc<dyn Time>,
 }
 
 impl Counter {
-    /// Notes what was asked for.
+    /// Notes what was asked for. A store that counts its requests itself is believed: an operation
+    /// may be several of them, of which some come later, in threads of its own.
     fn note(&self, requests: u64, bytes: u64) {
         let mut account = self.account.lock().unwrap_or_else(PoisonError::into_inner);
         let now = self.time.elapsed();
-        account.asked += requests;
+        let asked = match self.store.traffic() {
+            Some(traffic) => traffic.requests().max(account.asked),
+            None => account.asked + requests,
+        };
+        let new = asked - account.asked;
+        account.asked = asked;
         if let Some(rate) = self.limits.bytes_per_second {
             account.bytes.pay(now, bytes, rate);
         }
         if let Some(rate) = self.limits.requests_per_second {
-            account.requests.pay(now, requests, rate);
+            account.requests.pay(now, new, rate);
         }
     }
 
@@ -181,12 +189,12 @@ impl Limited {
     /// In front of a store.
     #[must_use]
     pub fn new(inner: Arc<dyn Store>, limits: Limits, time: Arc<dyn Time>) -> Self {
-        let counter = Counter { limits, account: Mutex::default(), time };
+        let store = Arc::clone(&inner);
+        let counter = Counter { store, limits, account: Mutex::default(), time };
         Self { inner, counter: Arc::new(counter) }
     }
 
-    /// One operation: waits if it concerns bulk, and notes what it came to. Where the store counts
-    /// its requests, those are what counts; an operation may be several.
+    /// One operation: waits if it concerns bulk, and notes what it came to.
     fn ask<T>(
         &self,
         name: &ObjectName,
@@ -195,6 +203,8 @@ impl Limited {
         operation: impl FnOnce() -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
         if is_bulk(name) {
+            // What was sent in the background since.
+            self.counter.note(0, 0);
             self.counter.must_have_left().map_err(|why| {
                 let kind = StoreErrorKind::OverBudget;
                 StoreError::new(kind, action, name.as_str(), self.inner.location(), why)
@@ -205,13 +215,8 @@ impl Limited {
     }
 
     fn counted<T>(&self, bytes: usize, operation: impl FnOnce() -> T) -> T {
-        let before = self.inner.traffic();
         let done = operation();
-        let requests = before.zip(self.inner.traffic()).map_or(1, |(before, after)| {
-            // Those of others at the same time are counted by them, too: too many, never too few.
-            after.requests().saturating_sub(before.requests())
-        });
-        self.counter.note(requests, bytes as u64);
+        self.counter.note(1, bytes as u64);
         done
     }
 }
@@ -234,8 +239,9 @@ impl ObjectWriter for LimitedWriter {
     }
 
     fn finish(self: Box<Self>) -> Result<u64, StoreError> {
+        let finished = self.inner.finish();
         self.counter.note(1, 0);
-        self.inner.finish()
+        finished
     }
 }
 

@@ -165,9 +165,9 @@ fn keep_watch(
             let Ok(Ok(Some(job))) = seen else { continue };
             let why = format!("the backup was given up for another job on the domain: {job}");
             *intruder.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
-            // What cannot be undone now is undone when the run ends, or tried again.
+            // Again and again while it is seen: the graph may come only after the first time. What
+            // cannot be undone now is undone when the run ends, or tried again.
             let _ = guardian.abort().await;
-            return;
         }
     })
 }
@@ -191,9 +191,18 @@ impl Capture for DirectCapture {
     }
 
     async fn take(&mut self, tasks: &[Task]) -> Outcome<Taken> {
+        // Time has gone by since the run began.
+        let asked = self.domain.clone();
+        let idle = tokio::task::spawn_blocking(move || require_idle(&asked, "take the point"));
+        idle.await.map_err(|e| Failure::failed("take the point", e))??;
         let (domain, guardian) = (self.domain.clone(), self.guardian.clone());
         self.sentry = Some(keep_watch(domain, guardian, Arc::clone(&self.intruder)));
         let mut taken = self.inner.take(tasks).await?;
+        let intruder = self.intruder.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(why) = intruder {
+            let _ = self.guardian.abort().await;
+            return Err(Failure::failed("take the point", why).transient());
+        }
         self.parts = capsule::parts(&self.domain, &self.description);
         if taken.consistency.level == ConsistencyLevel::Crash && self.unfrozen.is_some() {
             taken.consistency.why.clone_from(&self.unfrozen);

@@ -145,7 +145,7 @@ pub(super) fn error_within(body: &[u8]) -> Option<Refusal> {
 }
 
 /// What of a batch was not deleted.
-pub(super) fn not_deleted(body: &[u8]) -> Result<Vec<(String, Refusal)>, Nonsense> {
+pub(super) fn not_deleted(body: &[u8]) -> Result<Vec<(Version, Refusal)>, Nonsense> {
     let document = parse(body)?;
     let errors =
         document.root_element().children().filter(|node| node.tag_name().name() == "Error");
@@ -155,7 +155,8 @@ pub(super) fn not_deleted(body: &[u8]) -> Result<Vec<(String, Refusal)>, Nonsens
     };
     let refusal = |node| {
         let of = |name| text_of(node, name).unwrap_or_default();
-        (of("Key"), Refusal { status: 200, code: of("Code"), message: of("Message") })
+        let version = Version { key: of("Key"), id: of("VersionId") };
+        (version, Refusal { status: 200, code: of("Code"), message: of("Message") })
     };
     Ok(errors.filter(|node| !gone(node)).map(refusal).collect())
 }
@@ -253,7 +254,7 @@ mod tests {
         assert_eq!(error_within(b"<CompleteMultipartUploadResult/>"), None);
         let batch = b"<DeleteResult><Deleted><Key>a</Key></Deleted><Error><Key>b</Key><Code>\
                       AccessDenied</Code></Error></DeleteResult>";
-        assert_eq!(not_deleted(batch).unwrap()[0].0, "b");
+        assert_eq!(not_deleted(batch).unwrap()[0].0.key, "b");
         let gone =
             b"<DeleteResult><Error><Key>b</Key><Code>NoSuchKey</Code></Error></DeleteResult>";
         assert_eq!(not_deleted(gone).unwrap(), []);

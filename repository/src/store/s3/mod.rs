@@ -26,7 +26,7 @@ use md5::{Digest, Md5};
 pub use address::S3Address;
 pub use settings::S3Settings;
 
-use self::answer::{Refusal, Upload};
+use self::answer::{Refusal, Upload, Version};
 use self::client::{Client, Failed, Request, Trouble};
 use self::create::Creation;
 use self::upload::{S3Writer, Turns};
@@ -236,7 +236,7 @@ impl Shared {
     }
 
     /// Deletes what a list names; returns what of it was refused.
-    fn delete_listed(&self, list: &str) -> Result<Vec<(String, Refusal)>, Failed> {
+    fn delete_listed(&self, list: &str) -> Result<Vec<(Version, Refusal)>, Failed> {
         let request = Request {
             method: "POST",
             query: vec![("delete", String::new())],

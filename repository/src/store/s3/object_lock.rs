@@ -152,9 +152,11 @@ impl Shared {
         }
         list.push_str("</Delete>");
         let not_deleted = self.delete_listed(&list)?;
+        // A server that does not tell the version means the only one, mostly.
         let of_key = |key: &str| versions.iter().find(|version| version.key == key);
-        let refused = not_deleted.into_iter().map(|(key, refusal)| {
-            let version = of_key(&key).map(|version| version.id.clone()).unwrap_or_default();
+        let refused = not_deleted.into_iter().map(|(Version { key, id }, refusal)| {
+            let listed = of_key(&key).map(|version| version.id.clone()).unwrap_or_default();
+            let version = if id.is_empty() { listed } else { id };
             Refused { key, version, refusal }
         });
         Ok(refused.collect())
