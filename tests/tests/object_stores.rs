@@ -292,6 +292,30 @@ fn maps_and_tables_are_fetched_once_and_what_is_kept_is_never_believed() -> Resu
     Ok(())
 }
 
+#[test]
+fn what_is_gone_from_a_store_is_not_built_upon_because_a_host_has_kept_it() -> Result<()> {
+    let Some(store) = ObjectStore::start(ObjectServer::Rclone)? else { return Ok(()) };
+    let icecore = Icecore::at(&store.site(PLACE))?;
+    let vm = vm()?;
+    renew(&vm, 1)?;
+    icecore.backup(&vm).succeed()?;
+    renew(&vm, 2)?;
+    // Its restore keeps the maps and tables here.
+    icecore.prove_next_point(&vm)?;
+    assert!(kept(&icecore)?.iter().any(|file| file.to_string_lossy().contains("runs-")));
+    std::fs::remove_dir_all(store.path("objects/laboratory/site/one/runs"))?;
+    renew(&vm, 3)?;
+    let reference = vm.reference()?;
+    let outcome = icecore.backup(&vm).outcome()?;
+    if outcome.status != Some(0) {
+        assert!(outcome.stderr.contains("runs/"), "{outcome:?}");
+        return vm.require_no_trace();
+    }
+    // What it says is there, another host finds.
+    let stranger = icecore.another_host()?;
+    stranger.prove_point(&vm, text(&outcome.json()?, "point")?, &reference)
+}
+
 /// Requests until the first byte of an exported point; each is a journey.
 const FIRST_BYTE_REQUESTS_MAX: usize = 20;
 /// A journey within a country.
