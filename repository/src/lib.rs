@@ -31,6 +31,7 @@ mod lock;
 mod manifest;
 mod map;
 mod names;
+mod open;
 mod pack;
 mod packs;
 pub mod point;
@@ -64,6 +65,7 @@ pub use ids::{
     RunId, ServiceId, VmName, WriterId,
 };
 pub use lock::{BadLock, Horizon, LockMode, LockPolicy, PointLock};
+pub use open::{InitOptions, OpenOptions};
 pub use point::{
     CapsulePart, Consistency, ConsistencyLevel, DiskMeta, DiskMode, DiskSummary, Encoded, Entry,
     Frame, Location, Origin, ParentBlock, PartInfo, Point, PointDisk, PointMeta, RunRef,
@@ -71,6 +73,6 @@ pub use point::{
 };
 pub use reader::{Diff, DiskReader, Entries};
 pub use record::RecordState;
-pub use repository::{InitOptions, OpenOptions, Repository, RepositoryInfo};
+pub use repository::{Repository, RepositoryInfo};
 pub use sink::{DiskSink, DiskStart, DiskWriter, ParentCursor};
 pub use writers::{ServiceRecord, ServiceState};

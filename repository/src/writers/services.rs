@@ -158,7 +158,7 @@ impl Repository {
 mod tests {
     use super::*;
     use crate::gc::GcOptions;
-    use crate::repository::{InitOptions, OpenOptions};
+    use crate::open::{InitOptions, OpenOptions};
 
     fn record(random: u128, second: i64) -> ServiceRecord {
         ServiceRecord {
