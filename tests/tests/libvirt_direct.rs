@@ -71,6 +71,8 @@ fn a_domain_is_captured_through_libvirts_monitor() -> Result<()> {
     require_mode(&first, "vda", "full")?;
     require_clean(&domain, &mut shell)?;
     the_bitmaps_are_shown(&icecore, &libvirt)?;
+    the_daemon_takes_it_from_its_configuration(&icecore, &libvirt)?;
+    require_clean(&domain, &mut shell)?;
     write_vdb(&mut shell, 12, 2)?;
     let (next, _) = prove_next(&icecore, &domain)?;
     require_mode(&next, "vda", "incremental")?;
@@ -93,6 +95,17 @@ fn the_bitmaps_are_shown(icecore: &Icecore, libvirt: &Libvirt) -> Result<()> {
     }
     assert_eq!(shown["disks"].as_array().map(Vec::len), Some(2), "{shown}");
     Ok(())
+}
+
+fn the_daemon_takes_it_from_its_configuration(icecore: &Icecore, libvirt: &Libvirt) -> Result<()> {
+    let uri = libvirt.uri();
+    let more =
+        format!("[libvirt]\nuri = '{uri}'\ninclude = ['one']\n[vm.one]\ncapture = 'direct'\n");
+    let daemon = icecore.serve(&[], &more)?;
+    let point = icecore.through(&daemon, "backup").args(["--repo", "main", "one"]).json()?;
+    // Its own bitmap is what it goes on from: libvirt's form would read all of it.
+    require_mode(&point, "vda", "incremental")?;
+    require_mode(&point, "vdb", "incremental")
 }
 
 /// libvirt's own form would end such a QEMU, and is refused.
