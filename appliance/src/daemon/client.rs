@@ -24,7 +24,7 @@ use crate::failure::{Failure, Outcome, Status};
 use crate::interrupt::Interrupt;
 use crate::job_view::{JobView, LOOK_INTERVAL};
 use crate::output;
-use crate::state::JobState;
+use crate::state::{JobState, jobs};
 
 /// A longer answer is not the daemon's.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
@@ -166,9 +166,10 @@ impl<'a> Client<'a> {
         let view = self.follow(&job, Some(&interrupt)).await?;
         let failure = failure_of(&self.tried, &view);
         if let Some(result) = view.record.result {
-            match self.context.json {
-                true => output::json(&result)?,
-                false => {
+            match (self.context.json, jobs::left_out(&result)) {
+                (true, _) => output::json(&result)?,
+                (false, Some(why)) => output::print(&format!("job {job} has ended: {why}\n"))?,
+                (false, None) => {
                     show(self.context, serde_json::from_value(result).map_err(|e| self.failed(e))?)?
                 }
             }

@@ -375,7 +375,15 @@ fn bounded(result: Value) -> Value {
     if length <= RESULT_BYTES_MAX {
         return result;
     }
-    serde_json::json!({ "left_out": format!("the result has {length} bytes") })
+    serde_json::json!({ LEFT_OUT: format!("its report has {length} bytes and is not kept") })
+}
+
+/// Stands alone in place of a result that is too long to be kept.
+const LEFT_OUT: &str = "left_out";
+
+/// Why there is no result where one should be.
+pub fn left_out(result: &Value) -> Option<&str> {
+    result.get(LEFT_OUT)?.as_str()
 }
 
 /// The file beside a job's record with this extension.
