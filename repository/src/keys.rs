@@ -8,7 +8,7 @@ use jiff::Timestamp;
 
 use crate::config::Config;
 use crate::crypto::{
-    Drawn, KEY_BYTES_MAX, KeyInfo, KeyMaterial, Keys, MasterKey, RecoveryKit, WrappedKey,
+    Drawn, KEY_BYTES_MAX, KeyInfo, KeyMaterial, KeyMethod, Keys, MasterKey, RecoveryKit, WrappedKey,
 };
 use crate::error::{Damage, DamageKind, Error, Result};
 use crate::ids::{KeyId, RepositoryId};
@@ -17,7 +17,9 @@ use crate::repository::{Repository, random};
 use crate::sealing::Sealing;
 use crate::store::{ObjectName, Store};
 
-/// Each may cost whoever opens the repository seconds of work, and others may write to the store.
+/// Keys that may be added; and so many are tried with a passphrase, because each may cost whoever opens
+/// the repository seconds of work and others may write to the store. A key file costs nothing to try, so
+/// nobody who has one is kept out by what others have put there.
 const KEYS_MAX: usize = 64;
 
 /// What the objects of a repository are read and written with, opened by one of `given`.
@@ -53,13 +55,10 @@ fn unlock(
     }
     let mut tried = 0;
     let mut unusable = None;
-    let known = ids(store)?;
-    if known.len() > KEYS_MAX {
-        let detail = format!("there are {} keys, and no more than {KEYS_MAX} can be", known.len());
-        return Err(Damage::new(names::KEYS, DamageKind::Limit, detail).into());
-    }
-    for id in known {
-        let opened = read(store, &id).and_then(|bytes| open(repository, &id, &bytes, given));
+    let mut stretched = 0;
+    for id in ids(store)? {
+        let opened =
+            read(store, &id).and_then(|bytes| open(repository, &id, &bytes, given, &mut stretched));
         match opened {
             Ok(Some(master)) => return Ok(master),
             Ok(None) => tried += 1,
@@ -81,9 +80,17 @@ fn open(
     id: &KeyId,
     bytes: &[u8],
     given: &[KeyMaterial],
+    stretched: &mut usize,
 ) -> Result<Option<MasterKey>> {
     let key = WrappedKey::parse(repository, id, bytes)?;
     for material in given {
+        if material.is_passphrase() && key.info().method == KeyMethod::Passphrase {
+            *stretched += 1;
+            if *stretched > KEYS_MAX {
+                let detail = format!("{KEYS_MAX} keys were tried before this one");
+                return Err(Damage::new(names::KEYS, DamageKind::Limit, detail).into());
+            }
+        }
         if let Some(master) = key.unwrap(repository, material)? {
             return Ok(Some(master));
         }

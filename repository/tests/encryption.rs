@@ -197,11 +197,32 @@ fn nobody_has_to_try_endless_keys() {
     }
     let more = repository.add_key(&[file(1)], &file(99), None, jiff::Timestamp::UNIX_EPOCH);
     assert!(matches!(more, Err(Error::Refused { .. })), "{more:?}");
-    let (donor, _) = init(vec![file(3)]);
-    let foreign = donor.paths().into_iter().find(|path| path.starts_with("keys/")).unwrap();
-    put(&fs, &foreign, &donor.content(&foreign).unwrap());
-    let error = open(&fs, vec![file(1)]).unwrap_err();
+    // What somebody puts there who may write to the store: well closed, and dear to try.
+    let phrased = init(vec![passphrase("of the donor")]).0;
+    let path = phrased.paths().into_iter().find(|path| path.starts_with("keys/")).unwrap();
+    for number in 0..65 {
+        let (id, forged) = forged_key(&phrased.content(&path).unwrap(), &fs, number);
+        put(&fs, &format!("keys/{id}"), &forged);
+    }
+    let error = open(&fs, vec![passphrase("any of them")]).unwrap_err();
     assert_eq!(error.damage().unwrap().kind, DamageKind::Limit);
+    // A key file is not kept out by it.
+    assert_eq!(assert_points_are_right(&open(&fs, vec![file(1)]).unwrap()), [0, 1]);
+}
+
+/// A key object, put right for another id and the repository in `fs`, that asks for less memory.
+fn forged_key(key: &[u8], fs: &SimFileSystem, number: u32) -> (String, Vec<u8>) {
+    let id = format!("{number:016}");
+    let mut forged = key[..key.len() - 32].to_vec();
+    forged[16..32].copy_from_slice(&fs.content("config").unwrap()[16..32]);
+    for (before, new) in [("\"id\":\"", &*id), ("\"memory_kib\":", "10000")] {
+        let found = forged.windows(before.len()).position(|part| part == before.as_bytes());
+        let at = found.unwrap() + before.len();
+        forged[at..at + new.len()].copy_from_slice(new.as_bytes());
+    }
+    let sum = *blake3::hash(&forged).as_bytes();
+    forged.extend_from_slice(&sum);
+    (id, forged)
 }
 
 /// An attacker who writes to the store has whole, well closed objects of other places.

@@ -108,6 +108,11 @@ impl KeyMaterial {
         &self.0
     }
 
+    /// Whether trying it takes argon2id.
+    pub(crate) fn is_passphrase(&self) -> bool {
+        matches!(self.0, Secret::Passphrase(_))
+    }
+
     /// The recovery kit, if it is one.
     pub(crate) fn kit(&self) -> Option<&RecoveryKit> {
         match &self.0 {
